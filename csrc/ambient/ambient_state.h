@@ -1,0 +1,67 @@
+// Everything besides its arguments and random numbers that decides what `fn`
+// computes. Noted when a segment begins, put in force for its replay, and the
+// outer state put back after.
+//
+// So far: autocast of every device type, and the TorchFunction and
+// TorchDispatch modes that are active in the forward and not around the replay
+// (a default device is one of the former). Modes are pushed as they are, their
+// __enter__ is not called again: re-entering a mode object would overwrite what
+// its own __exit__ restores.
+#pragma once
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/SmallVector.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+
+namespace reprise {
+
+constexpr size_t kAutocastDevices =
+    std::tuple_size_v<std::remove_cv_t<decltype(at::autocast::_AUTOCAST_SUPPORTED_DEVICES)>>;
+
+struct AutocastState {
+  uint32_t enabled = 0;  // bit i: device i of _AUTOCAST_SUPPORTED_DEVICES
+  bool cache = true;
+  std::array<at::ScalarType, kAutocastDevices> dtypes{};
+
+  static AutocastState current();
+  // Sets what differs from the current state.
+  void apply() const;
+  bool operator==(const AutocastState&) const = default;
+};
+
+class AmbientState {
+ public:
+  static AmbientState capture();
+
+ private:
+  friend class AmbientScope;
+  using FunctionMode = std::shared_ptr<c10::SafePyObject>;
+  using DispatchMode = std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>;
+
+  AutocastState autocast_;
+  // Strong references, dropped with the segment; outermost first.
+  c10::SmallVector<FunctionMode, 0> function_modes_;
+  c10::SmallVector<DispatchMode, 0> dispatch_modes_;
+};
+
+// Puts a state in force for a scope.
+class AmbientScope {
+ public:
+  explicit AmbientScope(const AmbientState& state);
+  ~AmbientScope();
+  AmbientScope(const AmbientScope&) = delete;
+  AmbientScope& operator=(const AmbientScope&) = delete;
+
+ private:
+  AutocastState outer_autocast_;
+  bool autocast_nested_ = false;
+  int function_modes_ = 0;  // how many were pushed
+  int dispatch_modes_ = 0;
+};
+
+}  // namespace reprise

@@ -1,0 +1,187 @@
+#include "bindings/arguments.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace reprise::bindings {
+namespace {
+
+// collections.OrderedDict and collections.defaultdict; borrowed for ever.
+PyObject* collection(const char* name) {
+  Ref module = checked(PyImport_ImportModule("collections"));
+  return checked(PyObject_GetAttrString(module.get(), name)).release();
+}
+
+bool is_exactly(PyObject* value, PyObject* type) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(value)) == type;
+}
+
+PyObject* ordered_dict() {
+  static PyObject* type = collection("OrderedDict");
+  return type;
+}
+
+PyObject* default_dict() {
+  static PyObject* type = collection("defaultdict");
+  return type;
+}
+
+bool is_named_tuple(PyObject* value) {
+  if (!PyTuple_Check(value) || PyTuple_CheckExact(value)) {
+    return false;
+  }
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+  return PyObject_HasAttrString(type, "_fields") && PyObject_HasAttrString(type, "_make");
+}
+
+}  // namespace
+
+Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors) {
+  Known known;
+  take_apart(value, tensors, known);
+}
+
+bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known) {
+  if (THPVariable_Check(value)) {
+    tensors.push_back(THPVariable_Unpack(value));
+    nodes_.push_back({Kind::kTensor, 0, Ref()});
+    return true;
+  }
+  const bool named = is_named_tuple(value);
+  if (PyTuple_CheckExact(value) || named) {
+    const size_t here = nodes_.size();
+    const auto count = static_cast<uint32_t>(PyTuple_GET_SIZE(value));
+    nodes_.push_back({named ? Kind::kNamedTuple : Kind::kTuple, count,
+                      named ? Ref::borrow(reinterpret_cast<PyObject*>(Py_TYPE(value))) : Ref()});
+    if (Py_EnterRecursiveCall(" while taking checkpointed arguments apart") != 0) {
+      throw_python_error();
+    }
+    bool rebuild = false;
+    for (uint32_t i = 0; i < count; ++i) {
+      rebuild |= take_apart(PyTuple_GET_ITEM(value, i), tensors, known);
+    }
+    Py_LeaveRecursiveCall();
+    if (!rebuild) {
+      // Nothing in it can change, so the tuple itself will do.
+      nodes_.erase(nodes_.begin() + static_cast<std::ptrdiff_t>(here), nodes_.end());
+      nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
+    }
+    return rebuild;
+  }
+  const bool is_list = PyList_CheckExact(value);
+  const bool is_dict = PyDict_CheckExact(value);
+  if (!is_list && !is_dict &&
+      !(PyDict_Check(value) &&
+        (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
+    nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
+    return false;
+  }
+  const auto number = static_cast<uint32_t>(known.size());
+  if (auto [it, fresh] = known.emplace(value, number); !fresh) {
+    nodes_.push_back({Kind::kShared, it->second, Ref()});
+    return true;
+  }
+  if (Py_EnterRecursiveCall(" while taking checkpointed arguments apart") != 0) {
+    throw_python_error();
+  }
+  if (is_list) {
+    const auto count = static_cast<uint32_t>(PyList_GET_SIZE(value));
+    nodes_.push_back({Kind::kList, count, Ref()});
+    for (uint32_t i = 0; i < count; ++i) {
+      take_apart(PyList_GET_ITEM(value, i), tensors, known);
+    }
+  } else {
+    const auto count = static_cast<uint32_t>(PyDict_GET_SIZE(value));
+    if (is_dict) {
+      nodes_.push_back({Kind::kDict, count, Ref()});
+    } else if (is_exactly(value, ordered_dict())) {
+      nodes_.push_back({Kind::kOrderedDict, count, Ref()});
+    } else {
+      Ref factory = checked(PyObject_GetAttrString(value, "default_factory"));
+      nodes_.push_back({Kind::kDefaultDict, count, std::move(factory)});
+    }
+    take_items_apart(value, tensors, known);
+  }
+  Py_LeaveRecursiveCall();
+  return true;
+}
+
+void Structure::take_items_apart(PyObject* dict, std::vector<at::Tensor>& tensors, Known& known) {
+  // A list of its items: OrderedDict has an order of its own.
+  Ref items = checked(PyMapping_Items(dict));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items.get()); ++i) {
+    PyObject* item = PyList_GET_ITEM(items.get(), i);
+    nodes_.push_back({Kind::kObject, 0, Ref::borrow(PyTuple_GET_ITEM(item, 0))});
+    take_apart(PyTuple_GET_ITEM(item, 1), tensors, known);
+  }
+}
+
+template <typename Leaf>
+Ref Structure::put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const {
+  const Node& n = nodes_[node++];
+  switch (n.kind) {
+    case Kind::kTensor:
+      return leaf();
+    case Kind::kObject:
+      return Ref::borrow(n.object.get());
+    case Kind::kShared:
+      return Ref::borrow(shared[n.count].get());
+    case Kind::kTuple: {
+      Ref tuple = checked(PyTuple_New(n.count));
+      for (uint32_t i = 0; i < n.count; ++i) {
+        PyTuple_SET_ITEM(tuple.get(), i, put_together(node, shared, leaf).release());
+      }
+      return tuple;
+    }
+    case Kind::kNamedTuple: {
+      Ref items = checked(PyList_New(n.count));
+      for (uint32_t i = 0; i < n.count; ++i) {
+        PyList_SET_ITEM(items.get(), i, put_together(node, shared, leaf).release());
+      }
+      return checked(PyObject_CallMethod(n.object.get(), "_make", "(O)", items.get()));
+    }
+    case Kind::kList: {
+      Ref list = checked(PyList_New(0));
+      shared.push_back(Ref::borrow(list.get()));
+      for (uint32_t i = 0; i < n.count; ++i) {
+        Ref item = put_together(node, shared, leaf);
+        if (PyList_Append(list.get(), item.get()) != 0) {
+          throw_python_error();
+        }
+      }
+      return list;
+    }
+    case Kind::kDict:
+    case Kind::kOrderedDict:
+    case Kind::kDefaultDict: {
+      Ref dict = n.kind == Kind::kDict ? checked(PyDict_New())
+                 : n.kind == Kind::kOrderedDict
+                     ? checked(PyObject_CallNoArgs(ordered_dict()))
+                     : checked(PyObject_CallOneArg(default_dict(), n.object.get()));
+      shared.push_back(Ref::borrow(dict.get()));
+      for (uint32_t i = 0; i < n.count; ++i) {
+        PyObject* key = nodes_[node++].object.get();
+        Ref value = put_together(node, shared, leaf);
+        if (PyObject_SetItem(dict.get(), key, value.get()) != 0) {
+          throw_python_error();
+        }
+      }
+      return dict;
+    }
+  }
+  return Ref();
+}
+
+Ref Structure::build(const std::vector<at::Tensor>& tensors, size_t* next) const {
+  size_t node = 0;
+  std::vector<Ref> shared;
+  return put_together(node, shared,
+                      [&] { return checked(THPVariable_Wrap(tensors[(*next)++])); });
+}
+
+Ref Structure::build(const std::vector<Ref>& objects, size_t* next) const {
+  size_t node = 0;
+  std::vector<Ref> shared;
+  return put_together(node, shared, [&] { return Ref::borrow(objects[(*next)++].get()); });
+}
+
+}  // namespace reprise::bindings

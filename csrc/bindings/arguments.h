@@ -1,0 +1,67 @@
+// Taking a call's arguments apart and putting them together again.
+//
+// Tensors inside of tuples, lists and dicts are arguments like any other: they
+// are saved, version-checked and seen by the user's hooks. So the structure is
+// remembered without its tensors, and each replay gets containers of its own,
+// as they were when the segment began, whatever fn did to the ones it was given.
+//
+// Containers: exact tuple, list and dict, named tuples, OrderedDict and
+// defaultdict, to any depth, shared and cyclic ones included. Every other object
+// is passed through as it is.
+//
+// Every member needs the interpreter lock, the destructor too.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "bindings/python_object.h"
+
+namespace reprise::bindings {
+
+class Structure {
+ public:
+  // Takes `value` apart; its tensors are appended to `tensors`.
+  // Throws the Python error that a broken container raises.
+  Structure(PyObject* value, std::vector<at::Tensor>& tensors);
+
+  // The same value with `tensors` (all that this structure found, from `*next`
+  // on, which is advanced) in their places.
+  Ref build(const std::vector<at::Tensor>& tensors, size_t* next) const;
+  // The same with objects in the places of the tensors.
+  Ref build(const std::vector<Ref>& objects, size_t* next) const;
+
+ private:
+  enum class Kind : uint8_t {
+    kTensor,
+    kObject,       // object_: the value
+    kTuple,        // count items follow
+    kNamedTuple,   // object: the type
+    kList,         // may be shared: gets a number
+    kDict,         // object: the type or default_factory; count times key object, value
+    kOrderedDict,
+    kDefaultDict,  // object: the factory
+    kShared,       // count: the number of a list or dict met before
+  };
+  struct Node {
+    Kind kind;
+    uint32_t count = 0;
+    Ref object;
+  };
+  using Known = std::unordered_map<PyObject*, uint32_t>;
+
+  // True if the value must be rebuilt: a tensor or a mutable container is in it.
+  bool take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known);
+  void take_items_apart(PyObject* dict, std::vector<at::Tensor>& tensors, Known& known);
+
+  template <typename Leaf>
+  Ref put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const;
+
+  std::vector<Node> nodes_;  // preorder
+};
+
+}  // namespace reprise::bindings

@@ -1,0 +1,223 @@
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <chrono>
+#include <optional>
+
+#include "bindings/bind.h"
+#include "bindings/python_host.h"
+#include "bindings/python_object.h"
+#include "bindings/python_program.h"
+#include "bindings/source_location.h"
+#include "segment/ledger.h"
+#include "segment/reentrant.h"
+#include "segment/segment.h"
+#include "torch_compat.h"
+
+namespace py = pybind11;
+
+namespace reprise::bindings {
+namespace {
+
+// The bits of run_segment's `flags`, mirrored in torch_reprise/checkpoint.py.
+enum Flags : long {
+  kPreserveRngState = 1,
+  kEarlyStop = 2,
+  kCheckDeterminism = 4,
+};
+
+SegmentOptions options_of(long flags) {
+  return {.preserve_rng_state = (flags & kPreserveRngState) != 0,
+          .early_stop = (flags & kEarlyStop) != 0,
+          .check_determinism = (flags & kCheckDeterminism) != 0};
+}
+
+bool is_context_manager(PyObject* object) {
+  return PyObject_HasAttrString(object, "__enter__") != 0 &&
+         PyObject_HasAttrString(object, "__exit__") != 0;
+}
+
+// The two contexts of context_fn(). Throws a TypeError that is set.
+std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
+  Ref pair = checked(PyObject_CallNoArgs(context_fn));
+  Ref items = Ref::steal(PySequence_Fast(pair.get(), ""));
+  if (!items || PySequence_Fast_GET_SIZE(items.get()) != 2 ||
+      !is_context_manager(PySequence_Fast_GET_ITEM(items.get(), 0)) ||
+      !is_context_manager(PySequence_Fast_GET_ITEM(items.get(), 1))) {
+    PyErr_Format(PyExc_TypeError,
+                 "context_fn must return two context managers, one for the forward and one for "
+                 "the replay; it returned %.200R",
+                 pair.get());
+    throw_python_error();
+  }
+  return {Ref::borrow(PySequence_Fast_GET_ITEM(items.get(), 0)),
+          Ref::borrow(PySequence_Fast_GET_ITEM(items.get(), 1))};
+}
+
+// Adds the time of a scope to a segment's row, if somebody records.
+class ForwardTimer {
+ public:
+  explicit ForwardTimer(const Segment& segment) : row_(segment.row()) {
+    if (row_) {
+      start_ = std::chrono::steady_clock::now();
+    }
+  }
+  ~ForwardTimer() {
+    if (row_) {
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
+      auto lock = Ledger::get().lock_rows();
+      row_->forward_seconds += elapsed.count();
+    }
+  }
+  ForwardTimer(const ForwardTimer&) = delete;
+  ForwardTimer& operator=(const ForwardTimer&) = delete;
+
+ private:
+  std::shared_ptr<LedgerRow> row_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+// run_segment(function, args, kwargs, flags, context_fn or None, debug_session or None)
+PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 6) {
+    PyErr_Format(PyExc_TypeError, "run_segment takes 6 arguments, got %zd", argc);
+    return nullptr;
+  }
+  PyObject* function = argv[0];
+  PyObject* args = argv[1];
+  PyObject* kwargs = argv[2];
+  const long flags = PyLong_AsLong(argv[3]);
+  if (!c10::GradMode::is_enabled() || compat::inside_functorch()) {
+    // Nothing is saved for a backward, or functorch saves it in its own way.
+    return PyObject_Call(function, args, kwargs);
+  }
+  if (const std::string* message = compat::hooks_disabled_message()) {
+    PyErr_SetString(PyExc_RuntimeError, message->c_str());
+    return nullptr;
+  }
+  Ref forward_context;
+  Ref replay_context;
+  if (argv[4] != Py_None) {
+    std::tie(forward_context, replay_context) = make_contexts(argv[4]);
+  }
+  std::vector<at::Tensor> inputs;
+  auto program = std::make_unique<PythonProgram>(function, args, kwargs, replay_context.get(),
+                                                 argv[5] == Py_None ? nullptr : argv[5], inputs);
+  auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth());
+  inputs.clear();
+  bool suppressed = false;
+  Ref result;
+  {
+    const ForwardTimer timer(*segment);
+    compat::HookScope hooks(host().make_hook_pair(c10::make_intrusive<ForwardRecorder>(segment)));
+    result = call_in_context(forward_context.get(), function, args, kwargs, &suppressed);
+  }
+  if (suppressed) {
+    set_checkpoint_error_message(
+        "torch_reprise: the forward context of context_fn swallowed an exception that the "
+        "checkpointed function raised, so there is nothing to return. Its __exit__ must return "
+        "False for exceptions of the function.");
+  }
+  if (!result) {
+    return nullptr;
+  }
+  segment->end_forward();
+  return result.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// run_reentrant(function, args, kwargs, flags)
+PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 4) {
+    PyErr_Format(PyExc_TypeError, "run_reentrant takes 4 arguments, got %zd", argc);
+    return nullptr;
+  }
+  PyObject* function = argv[0];
+  PyObject* args = argv[1];
+  PyObject* kwargs = argv[2];
+  const long flags = PyLong_AsLong(argv[3]);
+  if (!c10::GradMode::is_enabled() || compat::inside_functorch()) {
+    return PyObject_Call(function, args, kwargs);
+  }
+  std::vector<at::Tensor> inputs;
+  auto program =
+      std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs);
+  bool any_requires_grad = false;
+  for (const auto& input : inputs) {
+    any_requires_grad |= input.requires_grad();
+  }
+  if (!any_requires_grad) {
+    if (PyErr_WarnEx(PyExc_UserWarning,
+                     "None of the inputs have requires_grad=True, so with use_reentrant=True "
+                     "nothing inside of the checkpointed function gets a gradient. Pass a tensor "
+                     "that requires grad, or use_reentrant=False.",
+                     2) != 0) {
+      return nullptr;
+    }
+    const c10::AutoGradMode no_grad(false);
+    return PyObject_Call(function, args, kwargs);
+  }
+  auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth());
+  if (segment->row()) {
+    auto lock = Ledger::get().lock_rows();
+    segment->row()->reentrant = true;
+  }
+  Ref result;
+  {
+    const ForwardTimer timer(*segment);
+    const c10::AutoGradMode no_grad(false);
+    result = Ref::steal(PyObject_Call(function, args, kwargs));
+  }
+  if (!result) {
+    return nullptr;
+  }
+  segment->end_forward();
+  std::vector<at::Tensor> found;
+  const Structure structure(result.get(), found);
+  result = Ref();
+  if (found.empty()) {
+    size_t next = 0;
+    return structure.build(found, &next).release();
+  }
+  const std::vector<std::optional<at::Tensor>> outputs(found.begin(), found.end());
+  found.clear();
+  std::vector<Ref> joined;
+  for (auto& output : join_graph(std::move(segment), inputs, outputs)) {
+    joined.push_back(checked(THPVariable_Wrap(*output)));
+  }
+  size_t next = 0;
+  return structure.build(joined, &next).release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef g_methods[] = {
+    // NOLINTNEXTLINE: CPython's way to say METH_FASTCALL
+    {"run_segment", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_segment)),
+     METH_FASTCALL, "Runs one checkpointed call in the non-reentrant form."},
+    {"run_reentrant", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_reentrant)),
+     METH_FASTCALL, "Runs one checkpointed call in the reentrant form."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind_segment(py::module_& module) {
+  if (PyModule_AddFunctions(module.ptr(), g_methods) != 0) {
+    throw py::error_already_set();
+  }
+  module.attr("EarlyStop") = py::reinterpret_borrow<py::object>(early_stop_type());
+  module.attr("PRESERVE_RNG_STATE") = static_cast<long>(kPreserveRngState);
+  module.attr("EARLY_STOP") = static_cast<long>(kEarlyStop);
+  module.attr("CHECK_DETERMINISM") = static_cast<long>(kCheckDeterminism);
+  module.def("set_checkpoint_error",
+             [](const py::object& type) { set_checkpoint_error(type.ptr()); });
+  module.def("set_internal_paths", [](const std::vector<std::string>& prefixes) {
+    set_internal_paths(prefixes);
+  });
+  module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });
+  module.def("enable_native_hooks", &compat::enable_native_hooks);
+  module.def("native_hooks_installed", &compat::native_hooks_installed);
+}
+
+}  // namespace reprise::bindings

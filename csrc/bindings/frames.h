@@ -1,0 +1,21 @@
+/* The chain of frames of the calling thread, without the interpreter lock.
+   Plain C, for CPython's internal headers are not C++. See source_location.h. */
+#pragma once
+
+#include <Python.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* 1 if this build can walk frames without the lock. */
+int reprise_frames_supported(void);
+
+/* Innermost first. `frame` is null to start; returns null at the end. Fills the
+   borrowed code object (null for frames without one) and the byte offset of the
+   instruction that executes. */
+const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* instruction);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,68 @@
+// Small tools over CPython's C API for the paths that must be fast: the calls
+// that run once per segment use it directly, everything else uses pybind11.
+#pragma once
+
+#include <Python.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <utility>
+
+namespace reprise::bindings {
+
+// The interpreter lock for a scope, whether or not this thread holds it.
+class WithInterpreter {
+ public:
+  WithInterpreter() : state_(PyGILState_Ensure()) {}
+  ~WithInterpreter() { PyGILState_Release(state_); }
+  WithInterpreter(const WithInterpreter&) = delete;
+  WithInterpreter& operator=(const WithInterpreter&) = delete;
+
+ private:
+  PyGILState_STATE state_;
+};
+
+// An owned reference. Every member needs the interpreter lock.
+class Ref {
+ public:
+  Ref() = default;
+  static Ref steal(PyObject* object) { return Ref(object); }
+  static Ref borrow(PyObject* object) {
+    Py_XINCREF(object);
+    return Ref(object);
+  }
+  Ref(Ref&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Ref& operator=(Ref&& other) noexcept {
+    PyObject* old = std::exchange(object_, std::exchange(other.object_, nullptr));
+    Py_XDECREF(old);
+    return *this;
+  }
+  Ref(const Ref&) = delete;
+  Ref& operator=(const Ref&) = delete;
+  ~Ref() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  explicit Ref(PyObject* object) : object_(object) {}
+  PyObject* object_ = nullptr;
+};
+
+// Turns the error that is set into a C++ exception that may travel through
+// torch and through threads.
+[[noreturn]] inline void throw_python_error() {
+  python_error error;
+  error.persist();
+  throw error;
+}
+
+// `object`, or the error that is set.
+inline Ref checked(PyObject* object) {
+  if (object == nullptr) {
+    throw_python_error();
+  }
+  return Ref::steal(object);
+}
+
+}  // namespace reprise::bindings

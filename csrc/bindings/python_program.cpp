@@ -1,0 +1,176 @@
+#include "bindings/python_program.h"
+
+namespace reprise::bindings {
+
+PyObject* early_stop_type() {
+  static PyObject* type = checked(PyErr_NewExceptionWithDoc(
+                                      "torch_reprise._C.EarlyStop",
+                                      "Ends a replay when every tensor that backward needs is "
+                                      "recomputed. Let it pass.",
+                                      PyExc_BaseException, nullptr))
+                              .release();
+  return type;
+}
+
+Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObject* kwargs,
+                    bool* suppressed) {
+  *suppressed = false;
+  if (context == nullptr) {
+    return Ref::steal(PyObject_Call(function, args, kwargs));
+  }
+  Ref exit = Ref::steal(PyObject_GetAttrString(context, "__exit__"));
+  if (!exit) {
+    return Ref();
+  }
+  Ref entered = Ref::steal(PyObject_CallMethod(context, "__enter__", nullptr));
+  if (!entered) {
+    return Ref();
+  }
+  Ref result = Ref::steal(PyObject_Call(function, args, kwargs));
+  if (result) {
+    Ref left = Ref::steal(
+        PyObject_CallFunctionObjArgs(exit.get(), Py_None, Py_None, Py_None, nullptr));
+    return left ? std::move(result) : Ref();
+  }
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  PyErr_NormalizeException(&type, &value, &traceback);
+  if (traceback != nullptr) {
+    PyException_SetTraceback(value, traceback);
+  }
+  Ref left = Ref::steal(PyObject_CallFunctionObjArgs(
+      exit.get(), type, value, traceback != nullptr ? traceback : Py_None, nullptr));
+  const int swallow = left ? PyObject_IsTrue(left.get()) : 0;
+  if (!left || swallow < 0) {  // __exit__ itself raised: that error counts
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    return Ref();
+  }
+  if (swallow > 0) {
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    *suppressed = true;
+    return Ref();
+  }
+  PyErr_Restore(type, value, traceback);
+  return Ref();
+}
+
+PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs,
+                             PyObject* replay_context, PyObject* debug_session,
+                             std::vector<at::Tensor>& inputs)
+    : function_(Ref::borrow(function)),
+      replay_context_(Ref::borrow(replay_context)),
+      debug_session_(Ref::borrow(debug_session)) {
+  args_.emplace(args, inputs);
+  if (kwargs != nullptr && PyDict_GET_SIZE(kwargs) > 0) {
+    kwargs_.emplace(kwargs, inputs);
+  }
+}
+
+PythonProgram::~PythonProgram() {
+  if (Py_IsInitialized() == 0) {
+    // The members must not run their destructors: move them where nobody will.
+    new Ref(std::move(function_));
+    new std::optional<Structure>(std::move(args_));
+    new std::optional<Structure>(std::move(kwargs_));
+    new Ref(std::move(replay_context_));
+    new Ref(std::move(debug_session_));
+    return;
+  }
+  WithInterpreter lock;
+  // Finalizers may run here: an error that is already set must survive them.
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  function_ = Ref();
+  args_.reset();
+  kwargs_.reset();
+  replay_context_ = Ref();
+  debug_session_ = Ref();
+  PyErr_Restore(type, value, traceback);
+}
+
+Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
+  size_t next = 0;
+  Ref args = args_->build(inputs, &next);
+  Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
+  inputs.clear();
+  return call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(),
+                         suppressed);
+}
+
+void PythonProgram::run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) {
+  WithInterpreter lock;
+  bool suppressed = false;
+  Ref result = call(std::move(inputs), &suppressed);
+  if (result || suppressed) {
+    return;
+  }
+  if (stopped.load(std::memory_order_relaxed) &&
+      (PyErr_ExceptionMatches(early_stop_type()) != 0 ||
+       PyErr_ExceptionMatches(PyExc_Exception) != 0)) {
+    PyErr_Clear();
+    return;
+  }
+  throw_python_error();
+}
+
+std::vector<at::Tensor> PythonProgram::run_for_outputs(std::vector<at::Tensor> inputs) {
+  WithInterpreter lock;
+  bool suppressed = false;
+  Ref result = call(std::move(inputs), &suppressed);
+  if (!result) {
+    throw_python_error();
+  }
+  std::vector<at::Tensor> outputs;
+  const Structure structure(result.get(), outputs);
+  return outputs;
+}
+
+std::string PythonProgram::name() const {
+  WithInterpreter lock;
+  PyObject* named = function_.get();
+  // functools.partial and other callables say who they are by what they wrap.
+  Ref inner;
+  for (int i = 0; i < 8 && !PyObject_HasAttrString(named, "__qualname__"); ++i) {
+    if (!PyObject_HasAttrString(named, "func")) {
+      break;
+    }
+    inner = Ref::steal(PyObject_GetAttrString(named, "func"));
+    if (!inner) {
+      PyErr_Clear();
+      break;
+    }
+    named = inner.get();
+  }
+  Ref text;
+  if (PyObject_HasAttrString(named, "__qualname__")) {
+    text = Ref::steal(PyObject_GetAttrString(named, "__qualname__"));
+  } else {
+    text = Ref::steal(
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(named)), "__qualname__"));
+  }
+  const char* utf8 = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
+  if (utf8 == nullptr) {
+    PyErr_Clear();
+    return "a checkpointed function";
+  }
+  return utf8;
+}
+
+std::string PythonProgram::explain_mismatch() const {
+  if (!debug_session_) {
+    return {};
+  }
+  WithInterpreter lock;
+  Ref text = checked(PyObject_CallMethod(debug_session_.get(), "report", nullptr));
+  const char* utf8 = PyUnicode_AsUTF8(text.get());
+  if (utf8 == nullptr) {
+    throw_python_error();
+  }
+  return utf8;
+}
+
+}  // namespace reprise::bindings

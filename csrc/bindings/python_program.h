@@ -1,0 +1,55 @@
+// A checkpointed Python callable with its arguments: the Program of a segment.
+#pragma once
+
+#include <Python.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/python_object.h"
+#include "segment/segment.h"
+
+namespace reprise::bindings {
+
+class PythonProgram final : public Program {
+ public:
+  // With the interpreter lock. Appends the tensor arguments to `inputs`.
+  // `replay_context`: entered around each replay, or null.
+  // `debug_session`: a torch_reprise.debug session, or null.
+  PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs, PyObject* replay_context,
+                PyObject* debug_session, std::vector<at::Tensor>& inputs);
+  // From any thread; takes the interpreter lock. After the interpreter is gone
+  // the references are leaked, there being nobody to give them back to.
+  ~PythonProgram() override;
+
+  void run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) override;
+  std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) override;
+  std::string name() const override;
+  std::string explain_mismatch() const override;
+
+ private:
+  // One call of the function with `inputs`, which are dropped before it begins:
+  // what fn frees early must be freed. Null with the error set, or suppressed.
+  Ref call(std::vector<at::Tensor>&& inputs, bool* suppressed);
+
+  // Strong references, given back under the interpreter lock.
+  Ref function_;
+  std::optional<Structure> args_;
+  std::optional<Structure> kwargs_;  // absent when there are none
+  Ref replay_context_;
+  Ref debug_session_;
+};
+
+// Calls `function` inside `context` (null: none), as a with statement would.
+// Null with the error set if it raised. `*suppressed`: the context swallowed an
+// exception, so there is no result and no error.
+Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObject* kwargs,
+                    bool* suppressed);
+
+// The exception type that ends a replay. Strong, for ever.
+PyObject* early_stop_type();
+
+}  // namespace reprise::bindings

@@ -1,0 +1,83 @@
+// What the core asks of the language that runs `fn`.
+//
+// The core knows no Python: no Python.h, no pybind11. Everything that needs an
+// interpreter (the pair on torch's stack of saved-tensor hooks, the source line
+// that is executing, exceptions that user code may see, the interpreter lock)
+// goes through this one interface. The bindings implement it once; the native
+// tests have a small implementation of their own.
+//
+// Rejected: a callback per need handed around as std::function. One object with
+// named virtuals is cheaper to call and is the whole list in one place.
+#pragma once
+
+#include <c10/core/SafePyObject.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace reprise {
+
+class Recorder;
+
+// A place in a program: an opaque code object and an offset into it. Noted once
+// per saved tensor, so it is two words and turned into text only for an error.
+// The host guarantees that `code` stays valid for the life of the process.
+struct SourceLocation {
+  const void* code = nullptr;
+  int32_t instruction = -1;
+};
+
+using HookPair = std::pair<c10::SafePyObject, c10::SafePyObject>;
+
+class Host {
+ public:
+  virtual ~Host() = default;
+
+  // A pair of saved-tensor hooks to be pushed onto torch's stack, which stands
+  // for `recorder` and keeps it alive. Called with the interpreter lock or not.
+  virtual HookPair make_hook_pair(c10::intrusive_ptr<Recorder> recorder) = 0;
+
+  // The recorder a pack hook stands for, or null for anybody else's hook.
+  // Called once per saved tensor, without the interpreter lock; the caller
+  // knows that the hook is alive, for it lies on this thread's stack.
+  virtual Recorder* recorder_of(PyObject* pack_hook) noexcept = 0;
+
+  // The innermost line of user code that this thread is executing. Nanoseconds;
+  // works with and without the interpreter lock.
+  virtual SourceLocation current_location() noexcept = 0;
+
+  // "file.py:12 in forward", or an empty string.
+  virtual std::string describe(const SourceLocation& where) = 0;
+
+  // Gives the interpreter lock up if this thread holds it; reacquire() takes
+  // it back. Waiting for another thread happens between the two.
+  virtual void* release_interpreter() noexcept = 0;
+  virtual void reacquire_interpreter(void* token) noexcept = 0;
+
+  // Ends a replay from inside an operator. The exception passes through user
+  // code, so it is one that `except Exception` does not catch.
+  [[noreturn]] virtual void throw_early_stop() = 0;
+
+  // Raises torch_reprise.CheckpointError.
+  [[noreturn]] virtual void throw_checkpoint_error(const std::string& message) = 0;
+};
+
+// Set once, when the extension is loaded, before any segment exists.
+void set_host(Host* host) noexcept;
+Host& host() noexcept;
+
+// Gives the interpreter lock up for a scope. See Host::release_interpreter.
+class InterpreterReleased {
+ public:
+  InterpreterReleased() : token_(host().release_interpreter()) {}
+  ~InterpreterReleased() { host().reacquire_interpreter(token_); }
+  InterpreterReleased(const InterpreterReleased&) = delete;
+  InterpreterReleased& operator=(const InterpreterReleased&) = delete;
+
+ private:
+  void* token_;
+};
+
+}  // namespace reprise

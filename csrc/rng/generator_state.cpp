@@ -1,0 +1,193 @@
+#include "rng/generator_state.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/MT19937RNGEngine.h>
+#include <c10/util/Exception.h>
+
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <typeinfo>
+
+namespace reprise {
+
+struct Mt19937State {
+  at::mt19937_data_pod engine;
+  std::optional<float> next_float;
+  std::optional<double> next_double;
+};
+
+namespace {
+
+at::CPUGeneratorImpl* as_cpu(const at::Generator& generator) {
+  auto* impl = generator.unsafeGetGeneratorImpl();
+  // Somebody may register a CPU generator class of their own: that one is opaque.
+  return typeid(*impl) == typeid(at::CPUGeneratorImpl) ? static_cast<at::CPUGeneratorImpl*>(impl)
+                                                       : nullptr;
+}
+
+bool same_engine(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
+  // The position decides nearly always; after a whole number of turns only the
+  // words themselves tell.
+  return a.left_ == b.left_ && a.next_ == b.next_ && a.seed_ == b.seed_ && a.seeded_ == b.seeded_ &&
+         std::memcmp(a.state_.data(), b.state_.data(), sizeof(a.state_)) == 0;
+}
+
+template <typename T>
+bool same_bits(const std::optional<T>& a, const std::optional<T>& b) {
+  return a.has_value() == b.has_value() && (!a.has_value() || std::memcmp(&*a, &*b, sizeof(T)) == 0);
+}
+
+bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
+               const Mt19937State& state) {
+  return same_engine(now, state.engine) &&
+         same_bits(generator.next_float_normal_sample(), state.next_float) &&
+         same_bits(generator.next_double_normal_sample(), state.next_double);
+}
+
+// The last state captured on this thread: a run of segments that draw nothing
+// shares it.
+thread_local std::shared_ptr<const Mt19937State> t_last_engine;
+
+}  // namespace
+
+GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
+  switch (generator.device().type()) {
+    case c10::DeviceType::CPU:
+      return as_cpu(generator) != nullptr ? Kind::kMt19937 : Kind::kOpaque;
+    case c10::DeviceType::CUDA:  // CUDAGeneratorImpl: philox seed and offset, nothing else
+    case c10::DeviceType::XPU:   // XPUGeneratorImpl: the same two
+    case c10::DeviceType::MPS:   // MPSGeneratorImpl: the same two
+      return Kind::kPhilox;
+    default:  // get_offset may throw or not tell the whole state
+      return Kind::kOpaque;
+  }
+}
+
+GeneratorState GeneratorState::capture(const at::Generator& generator) {
+  GeneratorState state;
+  state.kind_ = kind_of(generator);
+  auto* impl = generator.unsafeGetGeneratorImpl();
+  std::lock_guard<std::mutex> lock(impl->mutex_);
+  switch (state.kind_) {
+    case Kind::kMt19937: {
+      auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
+      const at::mt19937_data_pod now = cpu.engine().data();
+      if (!t_last_engine || !stands_at(cpu, now, *t_last_engine)) {
+        auto fresh = std::make_shared<Mt19937State>();
+        fresh->engine = now;
+        fresh->next_float = cpu.next_float_normal_sample();
+        fresh->next_double = cpu.next_double_normal_sample();
+        t_last_engine = std::move(fresh);
+      }
+      state.engine_ = t_last_engine;
+      break;
+    }
+    case Kind::kPhilox:
+      state.seed_ = impl->current_seed();
+      state.offset_ = impl->get_offset();
+      break;
+    case Kind::kOpaque:
+      state.opaque_ = at::Tensor(impl->get_state());
+      break;
+  }
+  return state;
+}
+
+void GeneratorState::apply(at::Generator& generator) const {
+  auto* impl = generator.unsafeGetGeneratorImpl();
+  std::lock_guard<std::mutex> lock(impl->mutex_);
+  switch (kind_) {
+    case Kind::kMt19937: {
+      auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
+      at::mt19937 engine;
+      engine.set_data(engine_->engine);
+      cpu.set_engine(engine);
+      cpu.set_next_float_normal_sample(engine_->next_float);
+      cpu.set_next_double_normal_sample(engine_->next_double);
+      break;
+    }
+    case Kind::kPhilox:
+      if (impl->current_seed() != seed_) {  // a stream capture allows offsets to change, not seeds
+        impl->set_current_seed(seed_);
+      }
+      impl->set_offset(offset_);
+      break;
+    case Kind::kOpaque:
+      impl->set_state(*opaque_.unsafeGetTensorImpl());
+      break;
+  }
+}
+
+bool GeneratorState::is_state_of(const at::Generator& generator) const {
+  auto* impl = generator.unsafeGetGeneratorImpl();
+  if (kind_ == Kind::kOpaque) {
+    return *this == capture(generator);
+  }
+  std::lock_guard<std::mutex> lock(impl->mutex_);
+  if (kind_ == Kind::kPhilox) {
+    return impl->get_offset() == offset_ && impl->current_seed() == seed_;
+  }
+  auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
+  return stands_at(cpu, cpu.engine().data(), *engine_);
+}
+
+bool GeneratorState::operator==(const GeneratorState& other) const {
+  if (kind_ != other.kind_) {
+    return false;
+  }
+  switch (kind_) {
+    case Kind::kMt19937:
+      return engine_ == other.engine_ ||
+             (same_engine(engine_->engine, other.engine_->engine) &&
+              same_bits(engine_->next_float, other.engine_->next_float) &&
+              same_bits(engine_->next_double, other.engine_->next_double));
+    case Kind::kPhilox:
+      return seed_ == other.seed_ && offset_ == other.offset_;
+    case Kind::kOpaque:
+      // Generator states are byte tensors in host memory (at::Generator's contract).
+      return opaque_.nbytes() == other.opaque_.nbytes() &&
+             std::memcmp(opaque_.const_data_ptr(), other.opaque_.const_data_ptr(),
+                         opaque_.nbytes()) == 0;
+  }
+  return false;
+}
+
+size_t GeneratorState::nbytes() const {
+  switch (kind_) {
+    case Kind::kMt19937:
+      return sizeof(Mt19937State);
+    case Kind::kPhilox:
+      return 2 * sizeof(uint64_t);
+    case Kind::kOpaque:
+      return opaque_.nbytes();
+  }
+  return 0;
+}
+
+const void* GeneratorState::address() const {
+  switch (kind_) {
+    case Kind::kMt19937:
+      return engine_.get();
+    case Kind::kPhilox:
+      return this;
+    case Kind::kOpaque:
+      return opaque_.unsafeGetTensorImpl();
+  }
+  return this;
+}
+
+std::string GeneratorState::describe() const {
+  switch (kind_) {
+    case Kind::kMt19937:
+      return c10::str("mt19937 seed ", engine_->engine.seed_, ", word ", engine_->engine.next_,
+                      " of 624");
+    case Kind::kPhilox:
+      return c10::str("philox seed ", seed_, ", offset ", offset_);
+    case Kind::kOpaque:
+      return c10::str("opaque state of ", opaque_.nbytes(), " bytes");
+  }
+  return {};
+}
+
+}  // namespace reprise

@@ -1,0 +1,60 @@
+// The state of one random generator, as small as it can be told exactly.
+//
+// Three kinds:
+//   mt19937  torch's CPU generator: the engine (2,504 bytes) and its two cached
+//            normal samples, copied natively. torch's own state tensor has
+//            5,056 bytes and costs an allocation and a conversion each way.
+//   philox   (seed, offset): all there is to know of a CUDA, XPU or MPS
+//            generator. Read and written through virtuals of GeneratorImpl,
+//            with no device header, no tensor and no synchronisation.
+//   opaque   whatever get_state() returns, for every other backend: get_offset
+//            of some throws or does not describe the whole state.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace reprise {
+
+struct Mt19937State;  // immutable once made, shared between segments
+
+class GeneratorState {
+ public:
+  enum class Kind : uint8_t { kMt19937, kPhilox, kOpaque };
+
+  // How the state of this generator is told. Decided by device type, in the
+  // one table of generator_state.cpp.
+  static Kind kind_of(const at::Generator& generator);
+
+  // Takes the generator's mutex, as every reader of a generator must.
+  // Consecutive captures of a CPU generator that did not move in between give
+  // states that share their memory.
+  static GeneratorState capture(const at::Generator& generator);
+  void apply(at::Generator& generator) const;
+
+  // Does `generator` stand where this state was captured? Cheaper than a
+  // capture: nothing is allocated for mt19937 and philox.
+  bool is_state_of(const at::Generator& generator) const;
+
+  bool operator==(const GeneratorState& other) const;
+
+  Kind kind() const { return kind_; }
+  // Bytes this state keeps alive; the same address() means the same bytes.
+  size_t nbytes() const;
+  const void* address() const;
+  // "seed 3, offset 12", for messages.
+  std::string describe() const;
+
+ private:
+  Kind kind_ = Kind::kPhilox;
+  uint64_t seed_ = 0;    // philox
+  uint64_t offset_ = 0;  // philox
+  std::shared_ptr<const Mt19937State> engine_;  // mt19937: strong, shared
+  at::Tensor opaque_;                              // opaque: strong
+};
+
+}  // namespace reprise

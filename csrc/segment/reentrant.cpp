@@ -1,0 +1,175 @@
+#include "segment/reentrant.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <chrono>
+#include <unordered_set>
+
+#include "rng/rng_scope.h"
+#include "segment/ledger.h"
+
+namespace reprise {
+
+namespace ag = torch::autograd;
+
+namespace {
+
+// Leaves that fn reached by itself and whose gradient this backward call was
+// asked for. The node has no edge to them.
+const ag::Node* find_wanted_leaf(const ag::edge_list& roots, const ag::edge_list& known) {
+  std::unordered_set<const ag::Node*> seen;
+  for (const auto& edge : known) {
+    seen.insert(edge.function.get());
+  }
+  std::vector<ag::Node*> open;
+  for (const auto& root : roots) {
+    open.push_back(root.function.get());
+  }
+  while (!open.empty()) {
+    ag::Node* node = open.back();
+    open.pop_back();
+    if (node == nullptr || !seen.insert(node).second) {
+      continue;
+    }
+    if (dynamic_cast<ag::AccumulateGrad*>(node) != nullptr && compat::graph_task_wants_leaf(node)) {
+      return node;
+    }
+    for (const auto& edge : node->next_edges()) {
+      open.push_back(edge.function.get());
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+ReentrantNode::ReentrantNode(c10::intrusive_ptr<Segment> segment,
+                             const std::vector<at::Tensor>& inputs)
+    : segment_(std::move(segment)) {
+  needs_grad_.reserve(inputs.size());
+  for (const auto& input : inputs) {
+    needs_grad_.push_back(input.requires_grad());
+  }
+  set_next_edges(ag::collect_next_edges(inputs));
+}
+
+void ReentrantNode::release_variables() {
+  c10::intrusive_ptr<Segment> dropped;  // destroyed after the lock is let go
+  std::lock_guard<std::mutex> lock(mutex_);
+  dropped = std::move(segment_);
+}
+
+ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
+  c10::intrusive_ptr<Segment> segment;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    segment = segment_;
+  }
+  TORCH_CHECK(segment, ag::ERR_BACKWARD_TWICE);
+  if (c10::GradMode::is_enabled()) {
+    host().throw_checkpoint_error(c10::str(
+        "torch_reprise: ", segment->name(),
+        " was checkpointed with use_reentrant=True and is now differentiated with "
+        "create_graph=True. The reentrant form has no graph to differentiate again: pass "
+        "use_reentrant=False."));
+  }
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<at::Tensor> inputs = segment->unpack_inputs();
+  ag::edge_list input_edges;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    inputs[i] = inputs[i].detach();
+    if (needs_grad_[i]) {
+      inputs[i].requires_grad_(true);
+      input_edges.push_back(ag::impl::gradient_edge(inputs[i]));
+    }
+  }
+  std::vector<at::Tensor> outputs;
+  {
+    RngScope generators(segment->stash(), segment->options().preserve_rng_state);
+    AmbientScope ambient(segment->ambient());
+    c10::AutoGradMode gradients(true);
+    outputs = segment->program().run_for_outputs(inputs);
+  }
+  Ledger::get().count_replay();
+  if (segment->row()) {
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    auto rows = Ledger::get().lock_rows();
+    segment->row()->replay_seconds += elapsed.count();
+    ++segment->row()->replays;
+  }
+  if (outputs.size() != grads.size()) {
+    host().throw_checkpoint_error(
+        c10::str("torch_reprise: the replay of ", segment->name(), " returned ", outputs.size(),
+                 " tensors where its forward returned ", grads.size(), "."));
+  }
+  ag::edge_list roots;
+  ag::variable_list root_grads;
+  bool any_output_has_history = false;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    any_output_has_history |= outputs[i].requires_grad();
+    if (outputs[i].requires_grad() && grads[i].defined()) {
+      if (outputs[i].sym_sizes() != grads[i].sym_sizes()) {
+        host().throw_checkpoint_error(c10::str(
+            "torch_reprise: the replay of ", segment->name(), " returned a tensor of shape ",
+            outputs[i].sym_sizes(), " as output ", i, " where its forward returned one of shape ",
+            grads[i].sym_sizes(), "."));
+      }
+      roots.push_back(ag::impl::gradient_edge(outputs[i]));
+      root_grads.push_back(grads[i]);
+    }
+  }
+  if (!any_output_has_history) {
+    host().throw_checkpoint_error(c10::str(
+        "torch_reprise: no output of ", segment->name(),
+        " requires grad when it is replayed, though backward asks for its gradient. Everything "
+        "it returns is detached or was computed under no_grad; call it without checkpoint."));
+  }
+  ag::variable_list input_grads;
+  if (!roots.empty()) {
+    outputs.clear();
+    ag::Engine& engine = ag::Engine::get_default_engine();
+    if (compat::graph_task_is_restricted()) {
+      if (find_wanted_leaf(roots, input_edges) != nullptr) {
+        host().throw_checkpoint_error(c10::str(
+            "torch_reprise: this backward call (autograd.grad, or backward with inputs=) asks for "
+            "the gradient of a tensor that ",
+            segment->name(),
+            " reaches by itself and that is not among its arguments. With use_reentrant=True only "
+            "arguments have an edge in the graph: pass the tensor as an argument, or pass "
+            "use_reentrant=False."));
+      }
+      input_grads = engine.execute(roots, root_grads, /*keep_graph=*/false,
+                                   /*create_graph=*/false, /*accumulate_grad=*/false, input_edges);
+    } else {
+      engine.execute(roots, root_grads, /*keep_graph=*/false, /*create_graph=*/false,
+                     /*accumulate_grad=*/true);
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        if (needs_grad_[i]) {
+          input_grads.push_back(inputs[i].grad());
+        }
+      }
+    }
+  } else {
+    input_grads.resize(input_edges.size());
+  }
+  ag::variable_list result(inputs.size());
+  for (size_t i = 0, next = 0; i < inputs.size(); ++i) {
+    if (needs_grad_[i]) {
+      result[i] = std::move(input_grads[next++]);
+    }
+  }
+  return result;
+}
+
+std::vector<std::optional<at::Tensor>> join_graph(
+    c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs,
+    const std::vector<std::optional<at::Tensor>>& outputs) {
+  auto node = c10::make_intrusive<ReentrantNode>(std::move(segment), inputs);
+  return compat::wrap_outputs(inputs, outputs, node);
+}
+
+}  // namespace reprise

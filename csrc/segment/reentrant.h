@@ -1,0 +1,54 @@
+// The reentrant form: the forward runs without a graph, and one node of the
+// outer graph replays the segment and runs its backward inside its own.
+//
+//     outer graph:   loss <- ... <- ReentrantNode <- ... <- x
+//     in backward:   ReentrantNode::apply runs fn on leaves that stand for the
+//                    inputs, then a backward over that inner graph
+//
+// It needs no saved-tensor hooks and keeps no graph between forward and
+// backward, so it is the cheaper form. What it cannot do follows from the node's
+// edges, which are the tensor arguments (positional, keyword and nested ones)
+// and nothing else:
+//
+//   backward()                 parameters that fn reaches by itself get their
+//                              gradients from the inner backward, as in torch
+//   autograd.grad, inputs=     gradients for the tensor arguments; asking for a
+//                              leaf that only fn reaches is an error that says so
+//   create_graph=True          higher derivatives need a graph that joins the
+//                              outer one; an error that says so
+//
+// An output that gets no gradient takes no part in the inner backward (torch
+// feeds zeros, which is not the same bits where an infinity or a NaN meets them).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <string>
+#include <vector>
+
+#include "segment/segment.h"
+
+namespace reprise {
+
+class ReentrantNode final : public torch::autograd::Node {
+ public:
+  // `inputs` in the order in which the program takes them.
+  ReentrantNode(c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs);
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+  void release_variables() override;
+  std::string name() const override { return "RepriseCheckpointBackward"; }
+
+ private:
+  c10::intrusive_ptr<Segment> segment_;  // strong; null once the graph was freed
+  std::vector<bool> needs_grad_;         // by input
+};
+
+// Gives the outputs of a forward that ran without a graph their history.
+std::vector<std::optional<at::Tensor>> join_graph(
+    c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs,
+    const std::vector<std::optional<at::Tensor>>& outputs);
+
+}  // namespace reprise

@@ -1,0 +1,233 @@
+#include "segment/replay.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <sstream>
+#include <utility>
+
+#include "ambient/ambient_state.h"
+#include "rng/rng_scope.h"
+#include "segment/segment.h"
+
+namespace reprise {
+
+namespace ag = torch::autograd;
+
+namespace {
+
+// The hooks of the replay's own graph: fn may run a backward of its own inside,
+// so they hold what they packed.
+class ReplayHooks final : public ag::SavedVariableHooks {
+ public:
+  ReplayHooks(c10::intrusive_ptr<Segment> segment, c10::intrusive_ptr<Replay> replay)
+      : segment_(std::move(segment)), replay_(std::move(replay)) {}
+  void call_pack_hook(const at::Tensor& tensor) override {
+    values_ = replay_->offer(*segment_, tensor);
+    // The replay's graph may outlive the replay, where fn stores it somewhere;
+    // it needs its values then, nothing else.
+    replay_.reset();
+    segment_.reset();
+  }
+  at::Tensor call_unpack_hook() override { return values_; }
+
+ private:
+  c10::intrusive_ptr<Segment> segment_;
+  c10::intrusive_ptr<Replay> replay_;
+  at::Tensor values_;  // strong, without history
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------
+// Running
+// ---------------------------------------------------------------------------
+
+void Replay::run(Segment& segment) {
+  // First, and outside of every scope: an input may be a slot of an enclosing
+  // segment, whose replay has an environment of its own.
+  std::vector<at::Tensor> inputs = segment.unpack_inputs();
+  {
+    RngScope generators(segment.stash(), segment.options().preserve_rng_state);
+    AmbientScope ambient(segment.ambient());
+    c10::AutoGradMode gradients(true);
+    compat::HookScope hooks(host().make_hook_pair(c10::make_intrusive<ReplayRecorder>(
+        c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
+        c10::intrusive_ptr<Replay>::reclaim_copy(this))));
+    segment.program().run(std::move(inputs), stopped_);
+  }
+  check(segment);
+}
+
+void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
+  slots_at_start_ = segment.slots_.size();
+  forward_was_done_ = segment.forward_done_;
+  values_.resize(slots_at_start_);
+  wanted_.assign(slots_at_start_, false);
+  last_wanted_ = -1;
+  for (size_t i = 0; i < slots_at_start_; ++i) {
+    const bool want =
+        only.has_value() ? i == *only : segment.slots_[i].live && !values_[i].defined();
+    if (want) {
+      wanted_[i] = true;
+      last_wanted_ = static_cast<int64_t>(i);
+    }
+  }
+  cursor_ = 0;
+  mismatches_.clear();
+  failure_.clear();
+  stopped_.store(false, std::memory_order_relaxed);
+}
+
+at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
+  at::Tensor values = compat::values_of(tensor);
+  if (stopped_.load(std::memory_order_relaxed)) {
+    return values;  // fn swallowed the stop and goes on: see Note [Early stop]
+  }
+  TensorMeta found = TensorMeta::of(tensor);
+  bool stop = false;
+  bool too_many = false;
+  {
+    std::lock_guard<std::mutex> lock(segment.mutex_);
+    const uint32_t index = cursor_++;
+    if (index >= slots_at_start_) {
+      // A replay during the forward (backward inside fn) cannot know how many
+      // more tensors fn is going to save.
+      too_many = forward_was_done_;
+    } else {
+      if (segment.options_.check_determinism &&
+          !(TensorMeta::of(segment.slots_[index], segment.sizes_) == found)) {
+        mismatches_.push_back({index, std::move(found)});
+      }
+      if (wanted_[index]) {
+        if (segment.slots_[index].live || key_.none()) {
+          values_[index] = values;
+        }
+        wanted_[index] = false;
+      }
+      stop = segment.options_.early_stop && static_cast<int64_t>(index) == last_wanted_;
+    }
+  }
+  if (too_many) {
+    std::ostringstream out;
+    out << "the replay of " << segment.name() << " saves more tensors than its forward did.\n"
+        << "  expected: " << slots_at_start_ << " tensors\n"
+        << "  found:    one more, " << TensorMeta::of(tensor).describe() << ", saved at "
+        << host().describe(host().current_location());
+    {
+      // fn may swallow the error: check() raises it again.
+      std::lock_guard<std::mutex> lock(segment.mutex_);
+      failure_ = out.str();
+    }
+    fail(segment, out.str());
+  }
+  if (stop) {
+    stopped_.store(true, std::memory_order_relaxed);
+    host().throw_early_stop();
+  }
+  return values;
+}
+
+at::Tensor Replay::hand_over(uint32_t index) {
+  return keep_ ? values_[index] : std::exchange(values_[index], at::Tensor());
+}
+
+at::Tensor Replay::take(uint32_t index) {
+  return index < values_.size() ? std::exchange(values_[index], at::Tensor()) : at::Tensor();
+}
+
+// ---------------------------------------------------------------------------
+// Checking
+// ---------------------------------------------------------------------------
+
+void Replay::check(Segment& segment) {
+  std::unique_lock<std::mutex> lock(segment.mutex_);
+  if (!failure_.empty()) {
+    const std::string failure = failure_;
+    lock.unlock();
+    fail(segment, failure);
+  }
+  if (!mismatches_.empty()) {
+    lock.unlock();
+    fail(segment, mismatch_message(segment));
+  }
+  for (size_t i = 0; i < wanted_.size(); ++i) {
+    if (wanted_[i] && (segment.slots_[i].live || key_.none())) {
+      const Slot slot = segment.slots_[i];
+      const TensorMeta expected = TensorMeta::of(slot, segment.sizes_);
+      const uint32_t offered = cursor_;
+      lock.unlock();
+      std::ostringstream out;
+      out << "the replay of " << segment.name() << " saves fewer tensors than its forward did.\n"
+          << "  expected: " << slots_at_start_ << " tensors\n"
+          << "  found:    " << offered << "\n"
+          << "  the first that is missing, at position " << i << ": " << expected.describe()
+          << ", saved at " << host().describe(slot.where);
+      fail(segment, out.str());
+    }
+  }
+}
+
+std::string Replay::mismatch_message(Segment& segment) const {
+  std::ostringstream out;
+  out << "the replay of " << segment.name()
+      << " saves other tensors than its forward did.";
+  constexpr size_t kShown = 8;
+  for (size_t i = 0; i < mismatches_.size() && i < kShown; ++i) {
+    const auto& mismatch = mismatches_[i];
+    Slot slot;
+    TensorMeta expected;
+    {
+      std::lock_guard<std::mutex> lock(segment.mutex_);
+      slot = segment.slots_[mismatch.position];
+      expected = TensorMeta::of(slot, segment.sizes_);
+    }
+    out << "\n  position " << mismatch.position << ", saved at " << host().describe(slot.where)
+        << "\n    expected: " << expected.describe()
+        << "\n    found:    " << mismatch.found.describe();
+  }
+  if (mismatches_.size() > kShown) {
+    out << "\n  and " << mismatches_.size() - kShown << " more";
+  }
+  return out.str();
+}
+
+void Replay::fail(Segment& segment, const std::string& message) const {
+  std::ostringstream out;
+  out << "torch_reprise: " << message;
+  const std::string node = compat::current_node_name();
+  if (!node.empty()) {
+    out << "\nAsked for by the backward of " << node << ".";
+  }
+  const std::string more = segment.program().explain_mismatch();
+  if (!more.empty()) {
+    out << "\n" << more;
+  } else {
+    out << "\nThe function must do the same operations on the same shapes each time it is "
+           "called with the same arguments. Look for a global or an attribute that changed in "
+           "between, or a branch on a value that is not deterministic. "
+           "torch_reprise.set_checkpoint_debug_enabled(True) around the forward adds the "
+           "operators of both runs to this message.";
+  }
+  host().throw_checkpoint_error(out.str());
+  std::abort();  // not reached; the compiler does not believe a virtual's noreturn
+}
+
+// ---------------------------------------------------------------------------
+// The recorder
+// ---------------------------------------------------------------------------
+
+ReplayRecorder::ReplayRecorder(c10::intrusive_ptr<Segment> segment,
+                               c10::intrusive_ptr<Replay> replay)
+    : segment_(std::move(segment)), replay_(std::move(replay)) {}
+
+ReplayRecorder::~ReplayRecorder() = default;
+
+std::unique_ptr<ag::SavedVariableHooks> ReplayRecorder::make_hooks() {
+  return std::make_unique<ReplayHooks>(segment_, replay_);
+}
+
+int ReplayRecorder::depth() const { return segment_->depth(); }
+
+}  // namespace reprise

@@ -1,0 +1,122 @@
+// Running fn again in backward to fill the slots of a segment.
+//
+// One Replay object belongs to one segment and one ReplayKey (a graph task, or
+// a GraphExecGroup). It holds the recomputed tensors until they are asked for:
+//
+//   - in a graph task an unpack hands its tensor over and forgets it;
+//   - in a GraphExecGroup it keeps it until the slot dies or the group ends, so
+//     that overlapping backward calls (dx, then dw) share one replay;
+//   - a slot that is asked for again (ctx.saved_tensors read twice) starts a
+//     second replay, which from then on keeps what it fills.
+//
+// Note [Early stop]
+//
+//   def fn(x, w, v):
+//       h = torch.tanh(x @ w)      # saves x, w, h
+//       return (h @ v).sum()       # saves h, v, sizes only
+//
+// After the last live slot is full the rest of fn is of no use, and stopping
+// before the last matmul runs saves its time. The only way out of user code
+// that is in the middle of an operator is an exception. It derives from
+// BaseException, so that `except Exception` lets it through; a bare `except:`
+// may swallow it or turn it into another error. So the replay notes that it
+// asked to stop: from then on tensors that autograd saves are passed over,
+// nothing is compared, and an error that fn ends with is dropped.
+//
+// Note [Recomputed tensors have no history]
+//
+// The tensor offered by the replay's graph may be the output of the very node
+// that saves it. Kept as it is, it would keep its node, and the node it: a
+// cycle in C++ that nobody frees. So the values are kept, without history.
+// SavedVariable gives them the history of the first forward when it hands them
+// to backward, which is what makes higher derivatives right.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SafePyObject.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "segment/recorder.h"
+#include "segment/slot.h"
+#include "torch_compat.h"
+
+namespace reprise {
+
+class Segment;
+
+class Replay final : public c10::intrusive_ptr_target {
+ public:
+  Replay(compat::ReplayKey key, std::optional<c10::SafePyObject> group)
+      : key_(key), keep_(key.is_group()), group_(std::move(group)) {}
+
+  // Runs fn with everything as in the forward. Called without any lock held.
+  // Throws CheckpointError when what it recomputed does not match.
+  void run(Segment& segment);
+
+  // The next tensor that the replay's autograd saves. Returns its values for
+  // the replay's own graph. May throw early stop or CheckpointError.
+  at::Tensor offer(Segment& segment, const at::Tensor& tensor);
+
+  // The rest is guarded by the segment's mutex.
+
+  // Prepares a run over the first `slots` slots; fills those that are live and
+  // empty, or only `only`.
+  void start(const Segment& segment, std::optional<uint32_t> only);
+  // Another run for slots that were handed over before.
+  bool has(uint32_t index) const { return index < values_.size() && values_[index].defined(); }
+  at::Tensor hand_over(uint32_t index);
+  void keep_from_now_on() { keep_ = true; }
+  // What is held for a slot, taken out so that the caller can drop it unlocked.
+  at::Tensor take(uint32_t index);
+  const compat::ReplayKey& key() const { return key_; }
+
+  bool running = false;
+  std::thread::id runner;
+
+ private:
+  struct Mismatch {
+    uint32_t position;
+    TensorMeta found;
+  };
+
+  // Throws if the finished run does not match the forward.
+  void check(Segment& segment);
+  std::string mismatch_message(Segment& segment) const;
+  [[noreturn]] void fail(Segment& segment, const std::string& message) const;
+
+  compat::ReplayKey key_;
+  bool keep_;
+  std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
+  std::vector<at::Tensor> values_;          // by slot; undefined: not filled or handed over
+
+  // The current run.
+  std::vector<bool> wanted_;    // by slot
+  int64_t last_wanted_ = -1;    // early stop after this one
+  uint32_t cursor_ = 0;         // tensors offered so far
+  size_t slots_at_start_ = 0;
+  bool forward_was_done_ = false;
+  std::vector<Mismatch> mismatches_;
+  std::string failure_;  // an error that was raised inside fn
+  std::atomic<bool> stopped_{false};
+};
+
+class ReplayRecorder final : public Recorder {
+ public:
+  ReplayRecorder(c10::intrusive_ptr<Segment> segment, c10::intrusive_ptr<Replay> replay);
+  ~ReplayRecorder() override;
+  std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
+  int depth() const override;
+
+ private:
+  c10::intrusive_ptr<Segment> segment_;  // strong; gone when the replay is over
+  c10::intrusive_ptr<Replay> replay_;    // strong
+};
+
+}  // namespace reprise

@@ -1,0 +1,341 @@
+#include "segment/segment.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "segment/ledger.h"
+#include "segment/replay.h"
+#include "segment/slot_hooks.h"
+
+namespace reprise {
+
+namespace ag = torch::autograd;
+
+// ---------------------------------------------------------------------------
+// Begin and end
+// ---------------------------------------------------------------------------
+
+c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
+                                           const std::vector<at::Tensor>& inputs,
+                                           SegmentOptions options, int depth) {
+  auto segment = c10::intrusive_ptr<Segment>::make();
+  segment->program_ = std::move(program);
+  segment->options_ = options;
+  segment->depth_ = depth;
+  Ledger& ledger = Ledger::get();
+  ledger.add(*segment);
+  if (ledger.recording()) {
+    segment->row_ = ledger.new_row();
+    auto name = segment->name();
+    auto lock = ledger.lock_rows();
+    segment->row_->name = std::move(name);
+    segment->row_->depth = depth;
+  }
+  segment->inputs_.reserve(inputs.size());
+  for (const auto& input : inputs) {
+    if (input.is_inference()) {
+      // SavedVariable refuses inference tensors. They have no version to check.
+      segment->inference_inputs_.resize(inputs.size());
+      segment->inference_inputs_[segment->inputs_.size()] = input;
+      segment->inputs_.emplace_back();
+    } else {
+      segment->inputs_.emplace_back(input, /*is_output=*/false);
+    }
+    if (input.has_storage()) {
+      segment->input_storages_.push_back(input.storage().unsafeGetStorageImpl());
+    }
+  }
+  segment->ambient_ = AmbientState::capture();
+  if (options.preserve_rng_state) {
+    segment->stash_ = RngSnapshot::capture_defaults();
+  }
+  return segment;
+}
+
+Segment::~Segment() { drop(); }
+
+void Segment::release_resources() { drop(); }
+
+void Segment::drop() noexcept {
+  if (dropped_) {
+    return;
+  }
+  dropped_ = true;
+  Ledger::get().remove(*this);
+  replays_.clear();
+  inputs_.clear();
+  inference_inputs_.clear();
+  stash_.clear();
+  ambient_ = AmbientState();
+  program_.reset();
+}
+
+void Segment::end_forward() {
+  RngSnapshot moved = stash_;
+  moved.keep_only_moved();
+  uint64_t bytes = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::swap(stash_, moved);
+    forward_done_ = true;
+    bytes = bytes_not_saved_;
+  }
+  Ledger& ledger = Ledger::get();
+  ledger.count_bytes(bytes);
+  if (row_) {
+    auto names = stash_.names();
+    auto lock = ledger.lock_rows();
+    row_->slots = slots_.size();
+    row_->bytes = bytes;
+    row_->generators = std::move(names);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Slots
+// ---------------------------------------------------------------------------
+
+namespace {
+
+// Bytes of a tensor's own elements; 0 where that is not one block of memory.
+uint64_t element_bytes(const at::Tensor& tensor, const TensorMeta& meta) {
+  if (tensor.layout() != at::kStrided) {
+    return 0;
+  }
+  uint64_t elements = 1;
+  for (int64_t size : meta.sizes) {
+    elements *= size == Slot::kSymbolic ? 0 : static_cast<uint64_t>(size);
+  }
+  return elements * c10::elementSize(meta.dtype);
+}
+
+}  // namespace
+
+uint32_t Segment::record(const at::Tensor& tensor) {
+  // Both may take the interpreter lock, so they come before mutex_.
+  const SourceLocation where = host().current_location();
+  const TensorMeta meta = TensorMeta::of(tensor);
+  const bool is_parameter = tensor.requires_grad() && tensor.is_leaf();
+  const bool is_input =
+      tensor.has_storage() &&
+      std::find(input_storages_.begin(), input_storages_.end(),
+                tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
+  const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, meta);
+
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot slot;
+  slot.where = where;
+  slot.first_size = static_cast<uint32_t>(sizes_.size());
+  slot.dim = static_cast<uint16_t>(meta.sizes.size());
+  slot.dtype = meta.dtype;
+  slot.device = meta.device;
+  sizes_.insert(sizes_.end(), meta.sizes.begin(), meta.sizes.end());
+  slots_.push_back(slot);
+  ++live_;
+  bytes_not_saved_ += bytes;
+  return static_cast<uint32_t>(slots_.size() - 1);
+}
+
+void Segment::release(uint32_t index) noexcept {
+  c10::SmallVector<at::Tensor, 1> dropped;  // destroyed after the lock is let go
+  std::lock_guard<std::mutex> lock(mutex_);
+  slots_[index].live = false;
+  --live_;
+  for (auto& replay : replays_) {
+    dropped.push_back(replay->take(index));
+  }
+}
+
+size_t Segment::live_slots() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return live_;
+}
+
+size_t Segment::stashed_bytes(std::unordered_set<const void*>& seen) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return stash_.nbytes(seen);
+}
+
+// ---------------------------------------------------------------------------
+// Unpacking and replays
+// ---------------------------------------------------------------------------
+
+Replay* Segment::find_replay(const compat::ReplayKey& key) const {
+  for (const auto& replay : replays_) {
+    if (replay->key() == key) {
+      return replay.get();
+    }
+  }
+  return nullptr;
+}
+
+at::Tensor Segment::unpack(uint32_t index) {
+  const compat::ReplayKey key = compat::current_replay_key();
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (key.none()) {
+    // Somebody looks at a saved tensor outside of backward: nothing is kept.
+    auto replay = c10::make_intrusive<Replay>(key, std::nullopt);
+    replay->start(*this, index);
+    run_replay(lock, replay);
+    return replay->take(index);
+  }
+  while (true) {
+    c10::intrusive_ptr<Replay> replay;
+    if (Replay* known = find_replay(key)) {
+      replay = c10::intrusive_ptr<Replay>::reclaim_copy(known);
+    }
+    if (replay && replay->running) {
+      if (replay->runner == std::this_thread::get_id()) {
+        lock.unlock();
+        host().throw_checkpoint_error(
+            c10::str("torch_reprise: the replay of ", name(),
+                     " asked for one of the tensors that it is there to recompute. "
+                     "The function reads saved tensors of its own outer graph; keep what it "
+                     "needs from there outside of the checkpointed function."));
+      }
+      wait_for_replay(lock);
+      continue;
+    }
+    if (replay && replay->has(index)) {
+      return replay->hand_over(index);
+    }
+    if (replay) {
+      // Handed over before, in the same backward: from now on keep.
+      replay->keep_from_now_on();
+    } else {
+      replay = c10::make_intrusive<Replay>(key, compat::current_group());
+      replays_.push_back(replay);
+      if (!key.is_group()) {
+        lock.unlock();
+        forget_at_end_of_graph_task(key);
+        lock.lock();
+      }
+    }
+    replay->start(*this, std::nullopt);
+    run_replay(lock, replay);
+  }
+}
+
+void Segment::forget_at_end_of_graph_task(const compat::ReplayKey& key) {
+  c10::weak_intrusive_ptr<Segment> weak(c10::intrusive_ptr<Segment>::reclaim_copy(this));
+  // The deleter runs when the task drops its callbacks, be it after success or
+  // after an error; the callback itself does nothing.
+  auto end = std::shared_ptr<void>(nullptr, [weak = std::move(weak), key](void*) {
+    if (auto segment = weak.lock()) {
+      segment->take_replays(key);
+    }
+  });
+  compat::at_end_of_graph_task([end = std::move(end)] {});
+}
+
+void end_group(PyObject* group) {
+  Ledger::get().collect_replays([group](Segment& segment) {
+    return segment.take_replays({.graph_task = -1, .group = group});
+  });
+}
+
+std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::ReplayKey& key) {
+  std::vector<c10::intrusive_ptr<Replay>> taken;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = replays_.size(); i-- > 0;) {
+    if (replays_[i]->key() == key && !replays_[i]->running) {
+      taken.push_back(std::move(replays_[i]));
+      replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+  }
+  return taken;
+}
+
+void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock) {
+  // The interpreter lock must be given up before mutex_ is waited for, and taken
+  // back after mutex_ is let go: the running replay needs both in turn.
+  lock.unlock();
+  {
+    InterpreterReleased released;
+    std::unique_lock<std::mutex> waiting(mutex_);
+    replay_done_.wait(waiting, [this] {
+      for (const auto& replay : replays_) {
+        if (replay->running) {
+          return false;
+        }
+      }
+      return true;
+    });
+  }
+  lock.lock();
+}
+
+void Segment::run_replay(std::unique_lock<std::mutex>& lock,
+                         const c10::intrusive_ptr<Replay>& replay) {
+  replay->running = true;
+  replay->runner = std::this_thread::get_id();
+  lock.unlock();
+  std::exception_ptr error;
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    replay->run(*this);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  Ledger::get().count_replay();
+  if (row_) {
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    auto rows = Ledger::get().lock_rows();
+    row_->replay_seconds += elapsed.count();
+    ++row_->replays;
+  }
+  std::vector<c10::intrusive_ptr<Replay>> dropped;
+  lock.lock();
+  replay->running = false;
+  if (error) {
+    for (size_t i = replays_.size(); i-- > 0;) {
+      if (replays_[i].get() == replay.get()) {
+        dropped.push_back(std::move(replays_[i]));
+        replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
+      }
+    }
+  }
+  replay_done_.notify_all();
+  if (error) {
+    lock.unlock();
+    dropped.clear();
+    std::rethrow_exception(error);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Inputs
+// ---------------------------------------------------------------------------
+
+std::vector<at::Tensor> Segment::unpack_inputs() {
+  std::lock_guard<std::mutex> lock(inputs_mutex_);
+  std::vector<at::Tensor> inputs;
+  inputs.reserve(inputs_.size());
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    if (i < inference_inputs_.size() && inference_inputs_[i].defined()) {
+      inputs.push_back(inference_inputs_[i]);
+    } else {
+      inputs.push_back(inputs_[i].unpack());
+    }
+  }
+  return inputs;
+}
+
+// ---------------------------------------------------------------------------
+// The recorder of the forward
+// ---------------------------------------------------------------------------
+
+std::unique_ptr<ag::SavedVariableHooks> ForwardRecorder::make_hooks() {
+  return std::make_unique<SlotHooks>(segment_);
+}
+
+int current_depth() {
+  PyObject* top = compat::top_pack_hook();
+  Recorder* recorder = top != nullptr ? host().recorder_of(top) : nullptr;
+  return recorder != nullptr ? recorder->depth() + 1 : 0;
+}
+
+}  // namespace reprise

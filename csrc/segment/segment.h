@@ -1,0 +1,192 @@
+// One call of checkpoint(fn, ...): what ran, its inputs, its slots, its stash.
+//
+// The life of a segment in the non-reentrant form:
+//
+//   begin          the inputs are saved, the ambient state and the generators noted
+//   forward        fn runs while a ForwardRecorder of this segment is on torch's
+//                  hook stack; each tensor that autograd saves becomes a slot, and
+//                  the graph gets a SlotHooks object in the tensor's place
+//   end_forward    only the generators that moved stay in the stash
+//   unpack         backward asks a SlotHooks for its tensor: the first one in a
+//                  graph task replays fn (replay.h), every one hands its tensor over
+//   release        the graph drops a SlotHooks: its slot is dead, what a replay
+//                  holds for it is freed
+//
+// In the reentrant form (reentrant.h) there are no slots: the forward runs
+// without a graph and a node replays the segment inside backward.
+//
+// Who owns whom
+//   graph -> SlotHooks -> Segment -> program, inputs, stash, ambient state
+//   A segment never points to a node of its own graph, so a dropped graph frees
+//   it by reference counting. What fn itself holds (a module that stores its
+//   output, a closure over a loss) is the user's; a cycle through it is not seen
+//   by Python's garbage collector, since the graph is not Python's.
+//
+// Locks
+//   mutex_ guards the slots, their liveness and the replays. It is never held
+//   while fn runs, while a tensor is destroyed (that may take the interpreter
+//   lock), or while this thread waits.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
+#include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "ambient/ambient_state.h"
+#include "host.h"
+#include "rng/rng_snapshot.h"
+#include "segment/recorder.h"
+#include "segment/slot.h"
+#include "torch_compat.h"
+
+namespace reprise {
+
+class Replay;
+struct LedgerRow;
+
+// What a segment runs again: fn, its arguments other than tensors, the context
+// of the replay. Implemented by the bindings; destroyed from any thread.
+class Program {
+ public:
+  virtual ~Program() = default;
+
+  // Calls fn with `inputs` in the places of the tensor arguments and drops what
+  // it returns. `stopped` tells whether early stop was raised: whatever fn makes
+  // of that exception (lets it through, swallows it, turns it into another) the
+  // replay has what it came for. Throws what fn raises otherwise.
+  virtual void run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) = 0;
+
+  // The same, to the end, and returns the tensors among the outputs in order.
+  virtual std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) = 0;
+
+  // "Block.forward" or the like, for messages and tables.
+  virtual std::string name() const = 0;
+
+  // More about a failed replay, to be put below the message; "" if nothing.
+  virtual std::string explain_mismatch() const { return {}; }
+};
+
+struct SegmentOptions {
+  bool preserve_rng_state = true;
+  bool early_stop = true;
+  bool check_determinism = true;
+};
+
+class Segment final : public c10::intrusive_ptr_target {
+ public:
+  // Saves the inputs (through the hooks that are in force outside the segment,
+  // so that the user's hooks and an enclosing segment see them) and notes the
+  // ambient state and the generators. `depth`: segments around this one.
+  static c10::intrusive_ptr<Segment> begin(std::unique_ptr<Program> program,
+                                           const std::vector<at::Tensor>& inputs,
+                                           SegmentOptions options, int depth);
+  ~Segment() override;
+
+  // The forward is over and fn returned. Not called when fn raised.
+  void end_forward();
+
+  // --- called through SlotHooks, from any thread, without the interpreter lock ---
+  uint32_t record(const at::Tensor& tensor);
+  at::Tensor unpack(uint32_t index);
+  void release(uint32_t index) noexcept;
+
+  // --- the replay's side ---
+  // The inputs as tensors again, version-checked; may replay an enclosing segment.
+  std::vector<at::Tensor> unpack_inputs();
+  Program& program() { return *program_; }
+  RngSnapshot& stash() { return stash_; }
+  const AmbientState& ambient() const { return ambient_; }
+  const SegmentOptions& options() const { return options_; }
+  int depth() const { return depth_; }
+  const std::shared_ptr<LedgerRow>& row() const { return row_; }
+  std::string name() const { return program_->name(); }
+
+  // --- the ledger's side ---
+  size_t live_slots() const;
+  size_t stashed_bytes(std::unordered_set<const void*>& seen) const;
+
+ private:
+  friend class Replay;
+  friend class Ledger;
+  friend class c10::intrusive_ptr<Segment>;
+
+  Segment() = default;
+  // Frees all that is owned when the last strong reference goes, even while the
+  // weak ones of graph tasks remain.
+  void release_resources() override;
+  void drop() noexcept;
+
+  // Both with mutex_ held through `lock`, which is let go while fn runs.
+  void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
+  void wait_for_replay(std::unique_lock<std::mutex>& lock);
+  Replay* find_replay(const compat::ReplayKey& key) const;
+  // What was recomputed for `key`, taken out so that the caller can drop it
+  // unlocked: the graph task or group is over.
+  std::vector<c10::intrusive_ptr<Replay>> take_replays(const compat::ReplayKey& key);
+  void forget_at_end_of_graph_task(const compat::ReplayKey& key);
+  friend void end_group(PyObject* group);
+
+  // Set in begin(), read-only after.
+  std::unique_ptr<Program> program_;  // strong
+  SegmentOptions options_;
+  AmbientState ambient_;
+  int depth_ = 0;
+  std::shared_ptr<LedgerRow> row_;  // shared with a recording; null when none is on
+
+  // Written at begin and end of the forward, read-only after. While the forward
+  // runs it holds all generators, so that a backward inside fn can replay.
+  RngSnapshot stash_;
+
+  // The tensor arguments. Guarded by inputs_mutex_: unpacking may run hooks and
+  // enclosing replays, so mutex_ would be held too long.
+  std::mutex inputs_mutex_;
+  std::vector<torch::autograd::SavedVariable> inputs_;
+  std::vector<at::Tensor> inference_inputs_;  // parallel to inputs_; defined where SavedVariable refuses
+  // Storages of the inputs, only compared: what aliases an input is not "not saved".
+  c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable replay_done_;
+  // Guarded by mutex_.
+  std::vector<Slot> slots_;
+  std::vector<int64_t> sizes_;  // of all slots, see Slot::first_size
+  uint32_t live_ = 0;
+  bool forward_done_ = false;
+  uint64_t bytes_not_saved_ = 0;
+  std::vector<c10::intrusive_ptr<Replay>> replays_;  // nearly always none or one
+
+  // The ledger's list of live segments; guarded by the ledger's mutex.
+  Segment* ledger_previous_ = nullptr;
+  Segment* ledger_next_ = nullptr;
+
+  bool dropped_ = false;  // by whoever drops the last reference; no lock needed
+};
+
+// What is put onto the hook stack while a segment's forward runs.
+class ForwardRecorder final : public Recorder {
+ public:
+  explicit ForwardRecorder(c10::intrusive_ptr<Segment> segment) : segment_(std::move(segment)) {}
+  std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
+  int depth() const override { return segment_->depth(); }
+
+ private:
+  c10::intrusive_ptr<Segment> segment_;  // strong; the pair leaves the stack when fn returns
+};
+
+// The group is over: nothing recomputed in it is needed any more.
+void end_group(PyObject* group);
+
+// How many segments lie around code that runs now on this thread.
+int current_depth();
+
+}  // namespace reprise

@@ -1,0 +1,59 @@
+#include "segment/slot.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <sstream>
+
+namespace reprise {
+
+TensorMeta TensorMeta::of(const at::Tensor& tensor) {
+  TensorMeta meta;
+  meta.dtype = tensor.scalar_type();
+  meta.device = tensor.device();
+  auto* impl = tensor.unsafeGetTensorImpl();
+  if (impl->is_nested() && impl->layout() == at::kStrided) {
+    // Strided nested tensors have no sizes; their number of dimensions is exact.
+    meta.sizes.assign(static_cast<size_t>(impl->dim()), Slot::kSymbolic);
+  } else if (impl->has_symbolic_sizes_strides() || impl->is_python_dispatch()) {
+    for (const auto& size : tensor.sym_sizes()) {
+      meta.sizes.push_back(size.maybe_as_int().value_or(Slot::kSymbolic));
+    }
+  } else {
+    const auto sizes = tensor.sizes();
+    meta.sizes.assign(sizes.begin(), sizes.end());
+  }
+  return meta;
+}
+
+TensorMeta TensorMeta::of(const Slot& slot, const std::vector<int64_t>& sizes) {
+  TensorMeta meta;
+  meta.dtype = slot.dtype;
+  meta.device = slot.device;
+  meta.sizes.assign(sizes.begin() + slot.first_size, sizes.begin() + slot.first_size + slot.dim);
+  return meta;
+}
+
+bool TensorMeta::operator==(const TensorMeta& other) const {
+  return dtype == other.dtype && device == other.device && sizes == other.sizes;
+}
+
+std::string TensorMeta::describe() const {
+  std::ostringstream out;
+  std::string name = c10::toString(dtype);
+  // Users know "float32", not "Float".
+  const auto names = c10::getDtypeNames(dtype);
+  out << (names.first.empty() ? name : names.first) << " [";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    out << (i == 0 ? "" : ", ");
+    if (sizes[i] == Slot::kSymbolic) {
+      out << "symbolic";
+    } else {
+      out << sizes[i];
+    }
+  }
+  out << "] on " << device.str();
+  return out.str();
+}
+
+}  // namespace reprise

@@ -1,0 +1,236 @@
+#include "torch_compat.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/AutogradState.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <atomic>
+#include <memory>
+#include <unordered_set>
+
+#include "segment/recorder.h"
+
+namespace reprise::compat {
+
+namespace ag = torch::autograd;
+
+namespace {
+
+std::atomic<bool> g_native_hooks{true};
+
+// See Note [Native hooks].
+class DelegatingEngine final : public ag::Engine {
+ public:
+  explicit DelegatingEngine(ag::Engine& inner) : inner_(inner) {}
+
+  ag::variable_list execute(const ag::edge_list& roots, const ag::variable_list& inputs,
+                            bool keep_graph, bool create_graph, bool accumulate_grad,
+                            const ag::edge_list& outputs) override {
+    return inner_.execute(roots, inputs, keep_graph, create_graph, accumulate_grad, outputs);
+  }
+
+  c10::intrusive_ptr<at::ivalue::Future> execute_with_graph_task(
+      const std::shared_ptr<ag::GraphTask>& graph_task, c10::intrusive_ptr<ag::Node> graph_root,
+      ag::InputBuffer&& input_buffer) override {
+    return inner_.execute_with_graph_task(graph_task, std::move(graph_root),
+                                          std::move(input_buffer));
+  }
+
+  std::unique_ptr<ag::AnomalyMetadata> make_anomaly_metadata() override {
+    return inner_.make_anomaly_metadata();
+  }
+
+  std::unique_ptr<ag::SavedVariableHooks> get_default_saved_variable_hooks() override {
+    PyObject* top = top_pack_hook();
+    if (top != nullptr && g_native_hooks.load(std::memory_order_relaxed)) {
+      if (Recorder* recorder = host().recorder_of(top)) {
+        return recorder->make_hooks();
+      }
+    }
+    return inner_.get_default_saved_variable_hooks();
+  }
+
+  void thread_on_exception(const std::shared_ptr<ag::GraphTask>& graph_task,
+                           const c10::intrusive_ptr<ag::Node>& fn, std::exception& e) override {
+    inner_.thread_on_exception(graph_task, fn, e);
+  }
+
+  void thread_init(int device, const std::shared_ptr<ag::ReadyQueue>& ready_queue,
+                   bool should_increment) override {
+    inner_.thread_init(device, ready_queue, should_increment);
+  }
+
+ private:
+  ag::Engine& inner_;  // torch's Python engine: a static object, re-made in place after a fork
+};
+
+DelegatingEngine* g_engine = nullptr;  // never destroyed: nodes outlive every order of teardown
+
+ag::Engine& engine_stub() { return *g_engine; }
+
+// std::stack keeps its container protected; a derived class may look.
+using HookStack = decltype(at::impl::SavedTensorDefaultHooksTLS::stack);
+struct OpenStack : HookStack {
+  static const HookStack::container_type& container(const HookStack& stack) {
+    return stack.*(&OpenStack::c);
+  }
+};
+
+PyObject* raw(const c10::SafePyObject& object) { return object.ptr(&object.pyinterpreter()); }
+
+}  // namespace
+
+void install_native_hooks() {
+  if (g_engine != nullptr) {
+    return;
+  }
+  g_engine = new DelegatingEngine(ag::Engine::get_default_engine());
+  ag::set_default_engine_stub(&engine_stub);
+  // Without this call the first push after start-up is ignored by torch.
+  at::SavedTensorDefaultHooks::lazy_initialize();
+}
+
+void enable_native_hooks(bool enabled) {
+  g_native_hooks.store(enabled, std::memory_order_relaxed);
+}
+
+bool native_hooks_installed() {
+  return g_engine != nullptr && &ag::Engine::get_default_engine() == g_engine;
+}
+
+PyObject* top_pack_hook() noexcept {
+  const auto& state = at::SavedTensorDefaultHooks::get_tls_state();
+  if (state.stack.empty() || state.is_tracing) {
+    return nullptr;
+  }
+  return raw(state.stack.top().first);
+}
+
+const std::string* hooks_disabled_message() {
+  const auto& message = at::SavedTensorDefaultHooks::get_disabled_error_message();
+  return message.has_value() ? &*message : nullptr;
+}
+
+HookScope::HookScope(HookPair pair)
+    : depth_(at::SavedTensorDefaultHooks::get_tls_state().stack.size()) {
+  if (hooks_disabled_message() == nullptr) {
+    at::SavedTensorDefaultHooks::push_hooks(std::move(pair.first), std::move(pair.second));
+    return;
+  }
+  at::impl::SavedTensorDefaultHooksTLS state = at::SavedTensorDefaultHooks::get_tls_state();
+  state.stack.emplace(std::move(pair));
+  at::SavedTensorDefaultHooks::set_tls_state(state);
+}
+
+HookScope::~HookScope() {
+  // Pairs that the function pushed and did not pop go with ours.
+  while (at::SavedTensorDefaultHooks::get_tls_state().stack.size() > depth_) {
+    if (hooks_disabled_message() == nullptr) {
+      at::SavedTensorDefaultHooks::pop_hooks();
+      continue;
+    }
+    at::impl::SavedTensorDefaultHooksTLS state = at::SavedTensorDefaultHooks::get_tls_state();
+    state.stack.pop();
+    at::SavedTensorDefaultHooks::set_tls_state(state);
+  }
+}
+
+bool inside_functorch() {
+  // functorch includes this key while its stack of transforms is not empty. Its
+  // own header would say so more directly, but needs a library torch does not ship.
+  return c10::impl::tls_is_dispatch_key_included(
+      c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+std::optional<HookPair> hook_pair_below(PyObject* pack_hook) {
+  const auto& pairs = OpenStack::container(at::SavedTensorDefaultHooks::get_tls_state().stack);
+  for (size_t i = pairs.size(); i-- > 1;) {
+    if (raw(pairs[i].first) == pack_hook) {
+      return pairs[i - 1];
+    }
+  }
+  return std::nullopt;
+}
+
+ReplayKey current_replay_key() {
+  const auto& group = c10::AutogradState::get_tls_state().get_graph_exec_group();
+  if (group.has_value()) {
+    return {.graph_task = -1, .group = raw(*group)};
+  }
+  return {.graph_task = ag::get_current_graph_task_id(), .group = nullptr};
+}
+
+std::optional<c10::SafePyObject> current_group() {
+  return c10::AutogradState::get_tls_state().get_graph_exec_group();
+}
+
+void at_end_of_graph_task(std::function<void()> callback) {
+  ag::Engine::get_default_engine().queue_callback(std::move(callback));
+}
+
+std::string current_node_name() {
+  auto node = ag::get_current_node();
+  return node ? node->name() : std::string();
+}
+
+bool graph_task_is_restricted() {
+  const auto* exec_info = ag::get_current_graph_task_exec_info();
+  return exec_info != nullptr && !exec_info->empty();
+}
+
+bool graph_task_wants_leaf(ag::Node* grad_accumulator) {
+  const auto* exec_info = ag::get_current_graph_task_exec_info();
+  if (exec_info == nullptr) {
+    return false;
+  }
+  auto it = exec_info->find(grad_accumulator);
+  return it != exec_info->end() && it->second.should_execute();
+}
+
+std::vector<std::optional<at::Tensor>> wrap_outputs(
+    const ag::variable_list& inputs, const std::vector<std::optional<at::Tensor>>& outputs,
+    const c10::intrusive_ptr<ag::Node>& node) {
+  std::unordered_set<at::TensorImpl*> non_differentiable;
+  for (const auto& output : outputs) {
+    if (output.has_value() && !c10::isFloatingType(output->scalar_type()) &&
+        !c10::isComplexType(output->scalar_type())) {
+      non_differentiable.insert(output->unsafeGetTensorImpl());
+    }
+  }
+  ag::_jvp_fn_t no_forward_mode = [](const ag::variable_list&,
+                                     const ag::variable_list&) -> ag::variable_list {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "torch_reprise.checkpoint with use_reentrant=True has no forward-mode derivative: ",
+        "pass use_reentrant=False");
+  };
+  auto alias = [](const at::Tensor& self) { return self.view_as(self); };
+  return ag::_wrap_outputs(inputs, non_differentiable, /*dirty_inputs=*/{}, outputs, node,
+                           no_forward_mode, /*to_save_if_setup_context=*/{}, alias,
+                           /*pure_view=*/false);
+}
+
+at::Tensor values_of(const at::Tensor& tensor) {
+  if (!tensor.requires_grad()) {
+    return tensor;
+  }
+  // Keys whose presence means that somebody wants to see the detach.
+  constexpr c10::DispatchKeySet watched =
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                           c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                           c10::DispatchKey::NestedTensor, c10::DispatchKey::Conjugate,
+                           c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+  auto* impl = tensor.unsafeGetTensorImpl();
+  if (tensor.layout() != at::kStrided || impl->key_set().has_any(watched) ||
+      impl->has_symbolic_sizes_strides()) {
+    return tensor.detach();
+  }
+  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(),
+                                                  /*allow_tensor_metadata_change=*/false));
+}
+
+}  // namespace reprise::compat

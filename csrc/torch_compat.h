@@ -1,0 +1,123 @@
+// The only door to private torch API.
+//
+// Everything here leans on something that torch does not promise to keep. Each
+// shim says what it needs and with which torch versions it was tested (2.13.0
+// CPU, 2.14.1 CUDA). tests/test_compat.py fails loudly when one of them stops
+// doing what its comment says.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/SafePyObject.h>
+#include <c10/util/python_stub.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable_hooks.h>
+
+#include <cstddef>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "host.h"
+
+namespace reprise::compat {
+
+// ---------------------------------------------------------------------------
+// Saved-tensor hooks without Python
+//
+// Note [Native hooks]
+//
+//   for _ in range(24): x = torch.tanh(x @ w)      # 24 saved tensors
+//
+// With Python hooks on torch's stack, SavedVariable takes the interpreter lock
+// three times per saved tensor and wraps the tensor into a Python object, even
+// when the hook is written in C. But SavedVariable asks
+// Engine::get_default_engine().get_default_saved_variable_hooks() for its
+// hooks, and that member is virtual. torch's Python layer installs itself by
+// set_default_engine_stub(); so do we. Our engine delegates every virtual to
+// the engine it found and answers this one with C++ hooks while the top of
+// torch's hook stack is a pair of ours (see Host::recorder_of). User hooks that
+// are pushed inside a segment are then on top and win, as they should; code
+// that looks at the stack sees a real pair that also works when it is called
+// (which is the fallback where somebody else's engine is installed later).
+//
+// The non-virtual members that others call on the default engine
+// (queue_callback, is_checkpoint_valid) act on thread-local state in 2.13 and
+// 2.14, so it does not matter which engine object they are called on.
+// The engine object is never destroyed.
+// ---------------------------------------------------------------------------
+void install_native_hooks();            // idempotent; at import
+void enable_native_hooks(bool enabled); // off: the Python pair is used (tests)
+bool native_hooks_installed();          // false if somebody else's engine is in force
+
+// Hook stack of this thread. push() works also while hooks are disabled
+// (torch.autograd.graph.disable_saved_tensors_hooks around a backward must not
+// stop a replay).
+class HookScope {
+ public:
+  explicit HookScope(HookPair pair);
+  ~HookScope();
+  HookScope(const HookScope&) = delete;
+  HookScope& operator=(const HookScope&) = delete;
+
+ private:
+  size_t depth_;
+};
+
+// The pack hook on top of this thread's stack, borrowed, or null. Null also
+// when torch would not use it (tracing).
+PyObject* top_pack_hook() noexcept;
+
+// Why hooks may not be pushed now (the message given to
+// disable_saved_tensors_hooks, or functorch's), or null.
+const std::string* hooks_disabled_message();
+
+// Is a torch.func transform (grad, vmap, ...) active on this thread?
+bool inside_functorch();
+
+// The pair right below the one whose pack hook is `pack_hook`.
+std::optional<HookPair> hook_pair_below(PyObject* pack_hook);
+
+// ---------------------------------------------------------------------------
+// Graph tasks
+// ---------------------------------------------------------------------------
+
+// Which results belong together: one backward call, or one GraphExecGroup.
+struct ReplayKey {
+  int64_t graph_task = -1;     // -1: outside of any backward
+  PyObject* group = nullptr;   // compared only; kept alive by GroupRef below
+  bool none() const { return graph_task < 0 && group == nullptr; }
+  bool is_group() const { return group != nullptr; }
+  bool operator==(const ReplayKey&) const = default;
+};
+ReplayKey current_replay_key();
+
+// A strong reference to the current GraphExecGroup, so that its address is not
+// used again while results are filed under it.
+std::optional<c10::SafePyObject> current_group();
+
+// Runs `callback` at the end of the current backward call, and destroys it
+// then also if that call failed. Must be called inside one.
+void at_end_of_graph_task(std::function<void()> callback);
+
+// The node this thread is executing, e.g. "MulBackward0", or "".
+std::string current_node_name();
+
+// Is this backward call restricted to some inputs (autograd.grad, inputs=)?
+bool graph_task_is_restricted();
+// In a restricted backward call: was the gradient of this leaf asked for?
+bool graph_task_wants_leaf(torch::autograd::Node* grad_accumulator);
+
+// torch.autograd.Function's way to give outputs their history.
+std::vector<std::optional<at::Tensor>> wrap_outputs(
+    const torch::autograd::variable_list& inputs,
+    const std::vector<std::optional<at::Tensor>>& outputs,
+    const c10::intrusive_ptr<torch::autograd::Node>& node);
+
+// A tensor's values without its history. For plain tensors this skips the
+// dispatcher (a tenth of the cost of at::Tensor::detach); everything that has
+// behaviour of its own (subclasses, functorch wrappers, ...) takes the long way.
+at::Tensor values_of(const at::Tensor& tensor);
+
+}  // namespace reprise::compat

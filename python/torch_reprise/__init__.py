@@ -1,0 +1,71 @@
+"""torch-reprise: a compiled runtime for activation checkpointing in PyTorch.
+
+The names of ``torch.utils.checkpoint``, with the same meaning: change the import
+and nothing else. ``torch_reprise.ledger`` tells what segments do.
+"""
+
+import os as _os
+
+import torch as _torch
+
+from . import _handshake
+from ._build_info import INFO as _INFO
+
+# Before the extension is loaded: see _handshake.
+_handshake.check(
+    _INFO, _torch.__version__, _torch.version.cuda, _handshake.running_python_tag()
+)
+
+from torch.utils.checkpoint import (  # noqa: E402
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
+
+from . import _C, _compat, ledger, rng  # noqa: E402
+from ._errors import CheckpointError  # noqa: E402
+from .checkpoint import (  # noqa: E402
+    Checkpointer,
+    CheckpointFunction,
+    GraphExecGroup,
+    check_backward_validity,
+    checkpoint,
+    detach_variable,
+    noop_context_fn,
+    set_checkpoint_early_stop,
+)
+from .debug import set_checkpoint_debug_enabled  # noqa: E402
+from .rng import DefaultDeviceType, get_device_states, set_device_states  # noqa: E402
+from .sequential import checkpoint_sequential  # noqa: E402
+
+_C.set_checkpoint_error(CheckpointError)
+# Lines of these folders are not what a user looks for in an error message.
+_C.set_internal_paths(
+    [_compat.torch_directory(), _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "")]
+)
+
+__version__ = _INFO.version
+
+__all__ = [
+    "SAC_IGNORED_OPS",
+    "CheckpointError",
+    "CheckpointFunction",
+    "CheckpointPolicy",
+    "Checkpointer",
+    "DefaultDeviceType",
+    "GraphExecGroup",
+    "SelectiveCheckpointContext",
+    "check_backward_validity",
+    "checkpoint",
+    "checkpoint_sequential",
+    "create_selective_checkpoint_contexts",
+    "detach_variable",
+    "get_device_states",
+    "ledger",
+    "noop_context_fn",
+    "rng",
+    "set_checkpoint_debug_enabled",
+    "set_checkpoint_early_stop",
+    "set_device_states",
+]

@@ -1,0 +1,437 @@
+"""``checkpoint`` and what belongs to it: the drop-in for ``torch.utils.checkpoint``.
+
+One Python frame of ours runs per segment, the one of :func:`checkpoint`; all
+else is in the compiled core (``csrc/segment/segment.h`` tells the life of a
+segment).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
+from typing import Any, TypeVar, overload
+
+import torch
+from torch.utils import checkpoint as torch_checkpoint
+
+from . import _C, _compat
+from ._errors import CheckpointError, require_bool, require_callable, require_optional_bool
+from .debug import DebugSession, debug_enabled
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointFunction",
+    "Checkpointer",
+    "GraphExecGroup",
+    "check_backward_validity",
+    "checkpoint",
+    "detach_variable",
+    "noop_context_fn",
+    "set_checkpoint_early_stop",
+]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+ContextFn = Callable[[], Contexts]
+
+_early_stop: ContextVar[bool | None] = ContextVar("torch_reprise.early_stop", default=None)
+
+DETERMINISM_CHECKS = ("default", "none")
+
+
+def noop_context_fn() -> Contexts:
+    """The default ``context_fn``: no context around the forward, none around the replay."""
+    return nullcontext(), nullcontext()
+
+
+class set_checkpoint_early_stop:
+    """Context manager: whether replays stop as soon as all they need is recomputed.
+
+    Args:
+        enable: overrides the ``early_stop`` argument of every checkpoint that
+            begins inside the block (not of those that are replayed inside).
+
+    The setting belongs to the current thread or task (a context variable);
+    torch's is one for the process.
+    """
+
+    def __init__(self, enable: bool) -> None:
+        require_bool("enable", enable)
+        self._enable = enable
+        self._tokens: list[Token[bool | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_early_stop.set(self._enable))
+
+    def __exit__(self, *exc: object) -> None:
+        _early_stop.reset(self._tokens.pop())
+
+
+def _is_noop(context_fn: Any) -> bool:
+    return context_fn is noop_context_fn or context_fn is torch_checkpoint.noop_context_fn
+
+
+def _validate(
+    use_reentrant: Any,
+    context_fn: Any,
+    determinism_check: Any,
+    debug: Any,
+    early_stop: Any,
+    preserve_rng_state: Any,
+    respect_saved_tensors_hooks: Any,
+) -> None:
+    """Raises TypeError or ValueError for options that no call can be made with."""
+    require_optional_bool("use_reentrant", use_reentrant)
+    require_callable("context_fn", context_fn)
+    if determinism_check not in DETERMINISM_CHECKS:
+        raise ValueError(
+            f"determinism_check must be one of {DETERMINISM_CHECKS}, got {determinism_check!r}"
+        )
+    require_bool("debug", debug)
+    require_bool("early_stop", early_stop)
+    require_bool("preserve_rng_state", preserve_rng_state)
+    require_optional_bool("respect_saved_tensors_hooks", respect_saved_tensors_hooks)
+    if use_reentrant is not False:
+        given = [
+            name
+            for name, is_given in (
+                ("context_fn", not _is_noop(context_fn)),
+                ("debug", debug),
+                ("respect_saved_tensors_hooks", respect_saved_tensors_hooks is not None),
+            )
+            if is_given
+        ]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} can only be used with use_reentrant=False: the reentrant "
+                "form saves no tensors that a context could act on"
+            )
+
+
+def _flags(early_stop: bool, preserve_rng_state: bool, determinism_check: str) -> int:
+    setting = _early_stop.get()
+    flags = 0
+    if early_stop if setting is None else setting:
+        flags |= _C.EARLY_STOP
+    if preserve_rng_state:
+        flags |= _C.PRESERVE_RNG_STATE
+    if determinism_check != "none":
+        flags |= _C.CHECK_DETERMINISM
+    return flags
+
+
+def _with_user_hooks(context_fn: ContextFn, respect: bool | None) -> ContextFn:
+    def contexts() -> Contexts:
+        pair = context_fn()
+        if isinstance(pair, (tuple, list)) and len(pair) == 2:
+            _compat.respect_hooks(pair[0], respect)
+        return pair
+
+    return contexts
+
+
+def _warn_use_reentrant(name: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"torch_reprise.{name}: pass use_reentrant explicitly. Without it the reentrant form is "
+        "used, as in torch, which plans to make this an error; use_reentrant=False is "
+        "recommended, use_reentrant=True keeps what happens now.",
+        UserWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+def _run(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    use_reentrant: bool | None,
+    context_fn: ContextFn,
+    determinism_check: str,
+    debug: bool,
+    early_stop: bool,
+    preserve_rng_state: bool,
+    respect_saved_tensors_hooks: bool | None,
+) -> Any:
+    """A call with any options; they are valid, ``function`` is not checked yet."""
+    require_callable("function", function)
+    flags = _flags(early_stop, preserve_rng_state, determinism_check)
+    if use_reentrant is not False:
+        return _C.run_reentrant(function, args, kwargs, flags)
+    contexts: ContextFn | None = None
+    if not _is_noop(context_fn):
+        contexts = _with_user_hooks(context_fn, respect_saved_tensors_hooks)
+    session = None
+    if debug_enabled(debug):
+        session = DebugSession()
+        contexts = session.wrap(contexts)
+    return _C.run_segment(function, args, kwargs, flags, contexts, session)
+
+
+@overload
+def checkpoint(
+    function: Callable[..., T],
+    *args: Any,
+    use_reentrant: bool | None = ...,
+    context_fn: ContextFn = ...,
+    determinism_check: str = ...,
+    debug: bool = ...,
+    early_stop: bool = ...,
+    preserve_rng_state: bool = ...,
+    respect_saved_tensors_hooks: bool | None = ...,
+    **kwargs: Any,
+) -> T: ...
+
+
+@overload
+def checkpoint(
+    function: None = None,
+    *,
+    use_reentrant: bool | None = ...,
+    context_fn: ContextFn = ...,
+    determinism_check: str = ...,
+    debug: bool = ...,
+    early_stop: bool = ...,
+    preserve_rng_state: bool = ...,
+    respect_saved_tensors_hooks: bool | None = ...,
+) -> Callable[[F], F]: ...
+
+
+def checkpoint(
+    function: Any = None,
+    *args: Any,
+    use_reentrant: bool | None = None,
+    context_fn: ContextFn = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    preserve_rng_state: bool = True,
+    respect_saved_tensors_hooks: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Runs ``function(*args, **kwargs)`` without keeping what its backward needs.
+
+    Backward runs the function again (a *replay*) to get it. Gradients, outputs,
+    and generator states are bit for bit those of the plain call, wherever the
+    function itself is deterministic.
+
+    Args:
+        function: what to run; a function, a module, any callable. Left out,
+            ``checkpoint`` returns a decorator with these options.
+        *args, **kwargs: its arguments. Tensors in them, also inside of tuples,
+            lists and dicts, are saved like any saved tensor: version-checked and
+            seen by ``torch.autograd.graph.saved_tensors_hooks`` around the call.
+        use_reentrant: False for the form with saved-tensor hooks, which supports
+            every way of calling backward; True for the form that runs the
+            forward without a graph. None warns and means True, as in torch.
+        context_fn: returns two context managers, for the forward and for the
+            replays (selective checkpointing:
+            :func:`create_selective_checkpoint_contexts`). use_reentrant=False only.
+        determinism_check: ``"default"`` compares shape, dtype and device of every
+            recomputed tensor with the forward's, ``"none"`` only their number.
+        debug: adds the operators of forward and replay to the error of a replay
+            that does not match. use_reentrant=False only; works together with
+            ``context_fn`` (torch refuses that).
+        early_stop: end the replay when the last tensor that backward can still
+            ask for is recomputed; ignored with use_reentrant=True.
+        preserve_rng_state: replay with the random numbers of the forward, and
+            leave the generators as if there had been no replay. Looks after the
+            default generators of the CPU and of all initialised devices,
+            wherever the arguments are, and keeps only those states that the
+            forward moved.
+        respect_saved_tensors_hooks: whether what selective checkpointing saves
+            goes through the user's saved-tensor hooks; None is torch's default.
+
+    Returns:
+        What the function returns, or the decorator.
+
+    Raises:
+        TypeError, ValueError: an option or ``function`` is not what it must be.
+        CheckpointError: in backward, when the replay does not match. The message
+            has the position, the node that asked, the source line of the
+            forward, what was expected and what was found.
+
+    Differences from torch: keyword arguments and nested containers work in the
+    reentrant form too; more in the documentation's list of limits.
+    """
+    if use_reentrant is None and function is not None:
+        _warn_use_reentrant("checkpoint", stacklevel=2)
+    if (
+        use_reentrant is False
+        and context_fn is noop_context_fn
+        and determinism_check == "default"
+        and debug is False
+        and early_stop is True
+        and preserve_rng_state is True
+        and respect_saved_tensors_hooks is None
+        and callable(function)
+        and not debug_enabled(False)
+    ):
+        # The common call: nothing to check, nothing to build.
+        flags = _ALL_FLAGS if _early_stop.get() is not False else _ALL_FLAGS & ~_C.EARLY_STOP
+        return _C.run_segment(function, args, kwargs, flags, None, None)
+    _validate(
+        use_reentrant,
+        context_fn,
+        determinism_check,
+        debug,
+        early_stop,
+        preserve_rng_state,
+        respect_saved_tensors_hooks,
+    )
+    options = {
+        "use_reentrant": use_reentrant,
+        "context_fn": context_fn,
+        "determinism_check": determinism_check,
+        "debug": debug,
+        "early_stop": early_stop,
+        "preserve_rng_state": preserve_rng_state,
+        "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
+    }
+    if function is None and not args:
+        if kwargs:
+            raise ValueError(
+                "checkpoint was called without a function, which makes a decorator, and with "
+                f"keyword arguments that it does not know: {', '.join(kwargs)}"
+            )
+        return functools.partial(_Checkpointed, options)
+    return _run(function, args, kwargs, **options)  # type: ignore[arg-type]
+
+
+_ALL_FLAGS: int = _C.PRESERVE_RNG_STATE | _C.EARLY_STOP | _C.CHECK_DETERMINISM
+
+
+class _Checkpointed:
+    """A function that is checkpointed whenever it is called; works on methods too."""
+
+    def __init__(self, options: dict[str, Any], function: Callable[..., Any]) -> None:
+        require_callable("function", function)
+        self._options = options
+        self._function = function
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._options["use_reentrant"] is None:
+            _warn_use_reentrant("checkpoint", stacklevel=2)
+        return _run(self._function, args, kwargs, **self._options)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        bind = getattr(self._function, "__get__", None)
+        if instance is None or bind is None:
+            return self
+        return _Checkpointed(self._options, bind(instance, owner))
+
+
+class Checkpointer:
+    """A configured :func:`checkpoint`, for options without taking keywords from ``fn``.
+
+    ``Checkpointer(**options)(fn, *args, **kwargs)`` passes every keyword argument
+    on to ``fn``, including one that is called ``debug`` or ``early_stop``. The
+    options are those of :func:`checkpoint` and are checked once, when it is made;
+    options that torch does not have live here only.
+
+    Args:
+        use_reentrant: as in :func:`checkpoint`, but False by default.
+        context_fn, determinism_check, debug, early_stop, preserve_rng_state,
+            respect_saved_tensors_hooks: as in :func:`checkpoint`.
+
+    Raises:
+        TypeError, ValueError: as in :func:`checkpoint`.
+    """
+
+    def __init__(
+        self,
+        *,
+        use_reentrant: bool = False,
+        context_fn: ContextFn = noop_context_fn,
+        determinism_check: str = "default",
+        debug: bool = False,
+        early_stop: bool = True,
+        preserve_rng_state: bool = True,
+        respect_saved_tensors_hooks: bool | None = None,
+    ) -> None:
+        require_bool("use_reentrant", use_reentrant)
+        _validate(
+            use_reentrant,
+            context_fn,
+            determinism_check,
+            debug,
+            early_stop,
+            preserve_rng_state,
+            respect_saved_tensors_hooks,
+        )
+        self._options: dict[str, Any] = {
+            "use_reentrant": use_reentrant,
+            "context_fn": context_fn,
+            "determinism_check": determinism_check,
+            "debug": debug,
+            "early_stop": early_stop,
+            "preserve_rng_state": preserve_rng_state,
+            "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
+        }
+
+    def __call__(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        return _run(function, args, kwargs, **self._options)  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"Checkpointer({options})"
+
+
+class CheckpointFunction:
+    """The reentrant form under torch's name: ``apply(run_function, preserve, *args)``.
+
+    In torch this is an ``autograd.Function``; here it is a name for
+    ``checkpoint(run_function, *args, use_reentrant=True)``, whose node is in C++.
+    """
+
+    @staticmethod
+    def apply(run_function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        require_callable("run_function", run_function)
+        require_bool("preserve_rng_state", preserve_rng_state)
+        return _C.run_reentrant(run_function, args, {}, _flags(True, preserve_rng_state, "default"))
+
+
+class GraphExecGroup(torch_checkpoint.GraphExecGroup):
+    """Backward calls inside of one group share the replays of segments.
+
+    Pipeline schedules split backward into one call for the inputs' gradients and
+    one for the weights'. Inside ``with GraphExecGroup():`` a segment is replayed
+    once for both, and its tensors are kept until the graph lets go of them or the
+    group ends. Calls whose regions overlap are allowed (torch raises).
+    """
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        _C.end_group(self)
+
+
+def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors of a tuple detached, each with the ``requires_grad`` it had.
+
+    Raises:
+        RuntimeError: ``inputs`` is not a tuple (torch's choice of type).
+    """
+    if not isinstance(inputs, tuple):
+        raise RuntimeError(
+            f"detach_variable takes a tuple of tensors and other values, got "
+            f"{type(inputs).__name__}"
+        )
+    return tuple(
+        item.detach().requires_grad_(item.requires_grad) if isinstance(item, torch.Tensor) else item
+        for item in inputs
+    )
+
+
+def check_backward_validity(inputs: Iterable[Any]) -> None:
+    """Warns if none of the tensors among ``inputs`` requires grad."""
+    if not any(isinstance(item, torch.Tensor) and item.requires_grad for item in inputs):
+        warnings.warn(
+            "None of the inputs have requires_grad=True. Gradients will be None",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,195 @@
+"""Finding out why a replay was not its forward: the log of operators of both.
+
+With ``debug=True`` each segment notes the operators of its forward and of its
+replay, with the place in the program that called them. A CheckpointError then
+shows both logs side by side from a few lines before their first difference.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import _compat
+
+__all__ = ["set_checkpoint_debug_enabled"]
+
+_enabled: ContextVar[bool | None] = ContextVar("torch_reprise.debug", default=None)
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+ContextFn = Callable[[], Contexts]
+
+
+class set_checkpoint_debug_enabled:
+    """Context manager: whether segments note their operators for error messages.
+
+    Args:
+        enabled: True or False overrides the ``debug`` argument of every
+            checkpoint that begins inside; None leaves it to the argument.
+
+    The setting belongs to the current thread or task (a context variable);
+    torch's is one for the process.
+    """
+
+    def __init__(self, enabled: bool | None) -> None:
+        if enabled is not None and not isinstance(enabled, bool):
+            raise TypeError(
+                f"enabled must be True, False or None, got {type(enabled).__name__}: {enabled!r}"
+            )
+        self._value = enabled
+        self._tokens: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_enabled.set(self._value))
+
+    def __exit__(self, *exc: object) -> None:
+        _enabled.reset(self._tokens.pop())
+
+
+class _Operator(NamedTuple):
+    text: str
+    """Operator, argument shapes and result shapes; what the two runs are compared by."""
+    stack: tuple[str, ...]
+    """Places in the program, innermost first."""
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        name = str(value.dtype).removeprefix("torch.")
+        shape = list(value.shape)
+        return f"{name}{shape}" + ("" if value.device.type == "cpu" else f" on {value.device}")
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_describe(item) for item in value) + "]"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _program_stack(limit: int = 6) -> tuple[str, ...]:
+    internal = (_compat.torch_directory(), __file__.rsplit("debug.py", 1)[0])
+    places = []
+    frame = sys._getframe(2)
+    while frame is not None and len(places) < limit:
+        code = frame.f_code
+        if not code.co_filename.startswith(internal) and not code.co_filename.startswith("<"):
+            places.append(f"{code.co_filename}:{frame.f_lineno} in {code.co_name}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(places)
+
+
+class _OperatorLog(TorchDispatchMode):
+    """Notes each operator that reaches the dispatcher below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[_Operator] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # Saving a tensor detaches it in other places in a replay than in a forward.
+        if func is not torch.ops.aten.detach.default:
+            given = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
+            made = [_describe(r) for r in tree_leaves(result)]
+            text = f"{func}({', '.join(given)}) -> {', '.join(made)}"
+            self.operators.append(_Operator(text, _program_stack()))
+        return result
+
+
+class DebugSession:
+    """The operator logs of one segment. The compiled core asks it for ``report()``."""
+
+    def __init__(self) -> None:
+        self._forward: list[_Operator] = []
+        self._replay: list[_Operator] = []
+
+    def wrap(self, context_fn: ContextFn | None) -> ContextFn:
+        """A context_fn that logs inside the contexts of ``context_fn``."""
+
+        @contextmanager
+        def logging(outer: AbstractContextManager[Any] | None, is_replay: bool) -> Any:
+            log = _OperatorLog()
+            if is_replay:
+                self._replay = log.operators
+            else:
+                self._forward = log.operators
+            with ExitStack() as stack:
+                if outer is not None:
+                    stack.enter_context(outer)
+                stack.enter_context(log)
+                yield
+
+        def contexts() -> Contexts:
+            outer: tuple[Any, Any] = (None, None)
+            if context_fn is not None:
+                outer = tuple(context_fn())  # type: ignore[assignment]
+                if len(outer) != 2 or not all(hasattr(c, "__enter__") for c in outer):
+                    raise TypeError(
+                        "context_fn must return two context managers, one for the forward and "
+                        f"one for the replay; it returned {outer!r:.200}"
+                    )
+            return _Reusable(lambda: logging(outer[0], False)), _Reusable(
+                lambda: logging(outer[1], True)
+            )
+
+        return contexts
+
+    def report(self) -> str:
+        """Both logs around their first difference, as text."""
+        forward, replay = self._forward, self._replay
+        same = 0
+        while (
+            same < len(forward)
+            and same < len(replay)
+            and forward[same].text == replay[same].text
+        ):
+            same += 1
+        lines = [
+            f"Operators: {len(forward)} in the forward, {len(replay)} in the replay "
+            "(which stops early when it has all it needs)."
+        ]
+        if same == len(forward) or same == len(replay):
+            lines.append(f"The first {same} are the same; one run ends there.")
+        else:
+            lines.append(f"The first {same} are the same; they differ at operator {same}.")
+        for title, log in (("forward", forward), ("replay", replay)):
+            lines.append(f"  {title}:")
+            for i in range(max(0, same - 3), min(len(log), same + 4)):
+                mark = "-->" if i == same else "   "
+                lines.append(f"  {mark} {i:4d}  {log[i].text}")
+                if i == same:
+                    lines.extend(f"              at {place}" for place in log[i].stack)
+            if same >= len(log):
+                lines.append(f"  --> {same:4d}  (nothing more)")
+        return "\n".join(lines)
+
+
+class _Reusable(AbstractContextManager[Any]):
+    """A context that may be entered once per replay, each time made anew."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._active: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> Any:
+        context = self._make()
+        result = context.__enter__()
+        self._active.append(context)
+        return result
+
+    def __exit__(self, *exc: Any) -> bool | None:
+        return self._active.pop().__exit__(*exc)
+
+
+def debug_enabled(argument: bool) -> bool:
+    """The argument, unless :class:`set_checkpoint_debug_enabled` says otherwise."""
+    setting = _enabled.get()
+    return argument if setting is None else setting
