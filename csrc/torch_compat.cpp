@@ -95,9 +95,7 @@ void install_native_hooks() {
   at::SavedTensorDefaultHooks::lazy_initialize();
 }
 
-void enable_native_hooks(bool enabled) {
-  g_native_hooks.store(enabled, std::memory_order_relaxed);
-}
+void enable_native_hooks(bool enabled) { g_native_hooks.store(enabled, std::memory_order_relaxed); }
 
 bool native_hooks_installed() {
   return g_engine != nullptr && &ag::Engine::get_default_engine() == g_engine;
@@ -143,8 +141,7 @@ HookScope::~HookScope() {
 bool inside_functorch() {
   // functorch includes this key while its stack of transforms is not empty. Its
   // own header would say so more directly, but needs a library torch does not ship.
-  return c10::impl::tls_is_dispatch_key_included(
-      c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 std::optional<HookPair> hook_pair_below(PyObject* pack_hook) {
@@ -214,21 +211,26 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
                            /*pure_view=*/false);
 }
 
+bool is_plain(const at::Tensor& tensor) {
+  // Keys whose presence means that a detach, or a tensor made by hand, would be noticed.
+  constexpr c10::DispatchKeySet watched = c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+       c10::DispatchKey::NestedTensor, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+       c10::DispatchKey::ZeroTensor});
+  auto* impl = tensor.unsafeGetTensorImpl();
+  return impl->layout() == at::kStrided && impl->has_storage() &&
+         !impl->key_set().has_any(watched) && !impl->has_symbolic_sizes_strides();
+}
+
 at::Tensor values_of(const at::Tensor& tensor) {
   if (!tensor.requires_grad()) {
     return tensor;
   }
-  // Keys whose presence means that somebody wants to see the detach.
-  constexpr c10::DispatchKeySet watched =
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                           c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-                           c10::DispatchKey::NestedTensor, c10::DispatchKey::Conjugate,
-                           c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
-  auto* impl = tensor.unsafeGetTensorImpl();
-  if (tensor.layout() != at::kStrided || impl->key_set().has_any(watched) ||
-      impl->has_symbolic_sizes_strides()) {
+  if (!is_plain(tensor)) {
     return tensor.detach();
   }
+  auto* impl = tensor.unsafeGetTensorImpl();
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(),
                                                   /*allow_tensor_metadata_change=*/false));
 }

@@ -47,9 +47,9 @@ namespace reprise::compat {
 // 2.14, so it does not matter which engine object they are called on.
 // The engine object is never destroyed.
 // ---------------------------------------------------------------------------
-void install_native_hooks();            // idempotent; at import
-void enable_native_hooks(bool enabled); // off: the Python pair is used (tests)
-bool native_hooks_installed();          // false if somebody else's engine is in force
+void install_native_hooks();             // idempotent; at import
+void enable_native_hooks(bool enabled);  // off: the Python pair is used (tests)
+bool native_hooks_installed();           // false if somebody else's engine is in force
 
 // Hook stack of this thread. push() works also while hooks are disabled
 // (torch.autograd.graph.disable_saved_tensors_hooks around a backward must not
@@ -85,8 +85,8 @@ std::optional<HookPair> hook_pair_below(PyObject* pack_hook);
 
 // Which results belong together: one backward call, or one GraphExecGroup.
 struct ReplayKey {
-  int64_t graph_task = -1;     // -1: outside of any backward
-  PyObject* group = nullptr;   // compared only; kept alive by GroupRef below
+  int64_t graph_task = -1;    // -1: outside of any backward
+  PyObject* group = nullptr;  // compared only; kept alive by GroupRef below
   bool none() const { return graph_task < 0 && group == nullptr; }
   bool is_group() const { return group != nullptr; }
   bool operator==(const ReplayKey&) const = default;
@@ -119,5 +119,8 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
 // dispatcher (a tenth of the cost of at::Tensor::detach); everything that has
 // behaviour of its own (subclasses, functorch wrappers, ...) takes the long way.
 at::Tensor values_of(const at::Tensor& tensor);
+
+// A dense tensor with a storage and without behaviour of its own.
+bool is_plain(const at::Tensor& tensor);
 
 }  // namespace reprise::compat

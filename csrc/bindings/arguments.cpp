@@ -174,8 +174,7 @@ Ref Structure::put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf)
 Ref Structure::build(const std::vector<at::Tensor>& tensors, size_t* next) const {
   size_t node = 0;
   std::vector<Ref> shared;
-  return put_together(node, shared,
-                      [&] { return checked(THPVariable_Wrap(tensors[(*next)++])); });
+  return put_together(node, shared, [&] { return checked(THPVariable_Wrap(tensors[(*next)++])); });
 }
 
 Ref Structure::build(const std::vector<Ref>& objects, size_t* next) const {

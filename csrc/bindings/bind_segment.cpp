@@ -31,9 +31,12 @@ SegmentOptions options_of(long flags) {
           .check_determinism = (flags & kCheckDeterminism) != 0};
 }
 
+// As the with statement does, the type is asked: a class that was not called
+// has the methods and is no context manager.
 bool is_context_manager(PyObject* object) {
-  return PyObject_HasAttrString(object, "__enter__") != 0 &&
-         PyObject_HasAttrString(object, "__exit__") != 0;
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return PyObject_HasAttrString(type, "__enter__") != 0 &&
+         PyObject_HasAttrString(type, "__exit__") != 0;
 }
 
 // The two contexts of context_fn(). Throws a TypeError that is set.
@@ -114,7 +117,7 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   }
   if (suppressed) {
     set_checkpoint_error_message(
-        "torch_reprise: the forward context of context_fn swallowed an exception that the "
+        "torch_reprise: the forward context of context_fn suppressed an exception that the "
         "checkpointed function raised, so there is nothing to return. Its __exit__ must return "
         "False for exceptions of the function.");
   }
@@ -141,8 +144,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     return PyObject_Call(function, args, kwargs);
   }
   std::vector<at::Tensor> inputs;
-  auto program =
-      std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs);
+  auto program = std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs);
   bool any_requires_grad = false;
   for (const auto& input : inputs) {
     any_requires_grad |= input.requires_grad();
@@ -212,9 +214,8 @@ void bind_segment(py::module_& module) {
   module.attr("CHECK_DETERMINISM") = static_cast<long>(kCheckDeterminism);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });
-  module.def("set_internal_paths", [](const std::vector<std::string>& prefixes) {
-    set_internal_paths(prefixes);
-  });
+  module.def("set_internal_paths",
+             [](const std::vector<std::string>& prefixes) { set_internal_paths(prefixes); });
   module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });
   module.def("enable_native_hooks", &compat::enable_native_hooks);
   module.def("native_hooks_installed", &compat::native_hooks_installed);

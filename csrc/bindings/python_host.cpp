@@ -22,8 +22,7 @@ PyObject* g_unpack = nullptr;
 // --- Holder: what a pack hook returns when Python calls it --------------------
 
 struct Holder {
-  PyObject_HEAD
-  torch::autograd::SavedVariableHooks* hooks;  // owned
+  PyObject_HEAD torch::autograd::SavedVariableHooks* hooks;  // owned
 };
 
 void holder_dealloc(PyObject* self) {
@@ -51,8 +50,7 @@ PyMethodDef g_unpack_def = {"_unpack_saved_tensor", unpack, METH_O, nullptr};
 // --- HookPack -----------------------------------------------------------------
 
 struct HookPack {
-  PyObject_HEAD
-  vectorcallfunc vectorcall;
+  PyObject_HEAD vectorcallfunc vectorcall;
   Recorder* recorder;  // strong: one count of its intrusive reference count
 };
 
@@ -75,8 +73,8 @@ PyObject* pack(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* k
 
 void hook_pack_dealloc(PyObject* self) {
   // Takes the count back; may free a segment, which may run finalizers.
-  auto recorder = c10::intrusive_ptr<Recorder>::reclaim(
-      reinterpret_cast<HookPack*>(self)->recorder);
+  auto recorder =
+      c10::intrusive_ptr<Recorder>::reclaim(reinterpret_cast<HookPack*>(self)->recorder);
   Py_TYPE(self)->tp_free(self);
 }
 

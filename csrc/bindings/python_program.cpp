@@ -3,12 +3,12 @@
 namespace reprise::bindings {
 
 PyObject* early_stop_type() {
-  static PyObject* type = checked(PyErr_NewExceptionWithDoc(
-                                      "torch_reprise._C.EarlyStop",
-                                      "Ends a replay when every tensor that backward needs is "
-                                      "recomputed. Let it pass.",
-                                      PyExc_BaseException, nullptr))
-                              .release();
+  static PyObject* type =
+      checked(PyErr_NewExceptionWithDoc("torch_reprise._C.EarlyStop",
+                                        "Ends a replay when every tensor that backward needs is "
+                                        "recomputed. Let it pass.",
+                                        PyExc_BaseException, nullptr))
+          .release();
   return type;
 }
 
@@ -28,8 +28,8 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
   }
   Ref result = Ref::steal(PyObject_Call(function, args, kwargs));
   if (result) {
-    Ref left = Ref::steal(
-        PyObject_CallFunctionObjArgs(exit.get(), Py_None, Py_None, Py_None, nullptr));
+    Ref left =
+        Ref::steal(PyObject_CallFunctionObjArgs(exit.get(), Py_None, Py_None, Py_None, nullptr));
     return left ? std::move(result) : Ref();
   }
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
@@ -108,9 +108,8 @@ void PythonProgram::run(std::vector<at::Tensor> inputs, const std::atomic<bool>&
   if (result || suppressed) {
     return;
   }
-  if (stopped.load(std::memory_order_relaxed) &&
-      (PyErr_ExceptionMatches(early_stop_type()) != 0 ||
-       PyErr_ExceptionMatches(PyExc_Exception) != 0)) {
+  if (stopped.load(std::memory_order_relaxed) && (PyErr_ExceptionMatches(early_stop_type()) != 0 ||
+                                                  PyErr_ExceptionMatches(PyExc_Exception) != 0)) {
     PyErr_Clear();
     return;
   }

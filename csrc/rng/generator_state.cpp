@@ -35,7 +35,8 @@ bool same_engine(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
 
 template <typename T>
 bool same_bits(const std::optional<T>& a, const std::optional<T>& b) {
-  return a.has_value() == b.has_value() && (!a.has_value() || std::memcmp(&*a, &*b, sizeof(T)) == 0);
+  return a.has_value() == b.has_value() &&
+         (!a.has_value() || std::memcmp(&*a, &*b, sizeof(T)) == 0);
 }
 
 bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,

@@ -51,10 +51,10 @@ class GeneratorState {
 
  private:
   Kind kind_ = Kind::kPhilox;
-  uint64_t seed_ = 0;    // philox
-  uint64_t offset_ = 0;  // philox
+  uint64_t seed_ = 0;                           // philox
+  uint64_t offset_ = 0;                         // philox
   std::shared_ptr<const Mt19937State> engine_;  // mt19937: strong, shared
-  at::Tensor opaque_;                              // opaque: strong
+  at::Tensor opaque_;                           // opaque: strong
 };
 
 }  // namespace reprise

@@ -27,7 +27,7 @@ struct LedgerRow {
   int depth = 0;
   bool reentrant = false;
   uint64_t slots = 0;
-  uint64_t bytes = 0;  // bytes not saved
+  uint64_t bytes = 0;                   // bytes not saved
   std::vector<std::string> generators;  // those that the forward moved
   double forward_seconds = 0;
   double replay_seconds = 0;
@@ -53,9 +53,7 @@ class Ledger {
   uint64_t replays() const { return replays_.load(std::memory_order_relaxed); }
   uint64_t bytes_not_saved() const { return bytes_not_saved_.load(std::memory_order_relaxed); }
   void count_replay() { replays_.fetch_add(1, std::memory_order_relaxed); }
-  void count_bytes(uint64_t bytes) {
-    bytes_not_saved_.fetch_add(bytes, std::memory_order_relaxed);
-  }
+  void count_bytes(uint64_t bytes) { bytes_not_saved_.fetch_add(bytes, std::memory_order_relaxed); }
 
   // A recording gets a row for each segment that begins while it is on.
   // Recordings may overlap; each sees all segments of the process.

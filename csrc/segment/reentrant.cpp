@@ -71,12 +71,13 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   }
   TORCH_CHECK(segment, ag::ERR_BACKWARD_TWICE);
   if (c10::GradMode::is_enabled()) {
-    host().throw_checkpoint_error(c10::str(
-        "torch_reprise: ", segment->name(),
-        " was checkpointed with use_reentrant=True and is now differentiated with "
-        "create_graph=True. The reentrant form has no graph to differentiate again: pass "
-        "use_reentrant=False."));
+    host().throw_checkpoint_error(
+        c10::str("torch_reprise: ", segment->name(),
+                 " was checkpointed with use_reentrant=True and is now differentiated with "
+                 "create_graph=True. The reentrant form has no graph to differentiate again: pass "
+                 "use_reentrant=False."));
   }
+  Ledger::get().count_replay();
   const auto start = std::chrono::steady_clock::now();
   std::vector<at::Tensor> inputs = segment->unpack_inputs();
   ag::edge_list input_edges;
@@ -94,7 +95,6 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     c10::AutoGradMode gradients(true);
     outputs = segment->program().run_for_outputs(inputs);
   }
-  Ledger::get().count_replay();
   if (segment->row()) {
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     auto rows = Ledger::get().lock_rows();
@@ -104,7 +104,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   if (outputs.size() != grads.size()) {
     host().throw_checkpoint_error(
         c10::str("torch_reprise: the replay of ", segment->name(), " returned ", outputs.size(),
-                 " tensors where its forward returned ", grads.size(), "."));
+                 " output tensors where its forward returned ", grads.size(), "."));
   }
   ag::edge_list roots;
   ag::variable_list root_grads;
@@ -113,10 +113,10 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     any_output_has_history |= outputs[i].requires_grad();
     if (outputs[i].requires_grad() && grads[i].defined()) {
       if (outputs[i].sym_sizes() != grads[i].sym_sizes()) {
-        host().throw_checkpoint_error(c10::str(
-            "torch_reprise: the replay of ", segment->name(), " returned a tensor of shape ",
-            outputs[i].sym_sizes(), " as output ", i, " where its forward returned one of shape ",
-            grads[i].sym_sizes(), "."));
+        host().throw_checkpoint_error(
+            c10::str("torch_reprise: the replay of ", segment->name(),
+                     " returned a tensor of shape ", outputs[i].sym_sizes(), " as output ", i,
+                     " where its forward returned one of shape ", grads[i].sym_sizes(), "."));
       }
       roots.push_back(ag::impl::gradient_edge(outputs[i]));
       root_grads.push_back(grads[i]);

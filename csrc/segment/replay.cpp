@@ -1,5 +1,6 @@
 #include "segment/replay.h"
 
+#include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
@@ -52,9 +53,9 @@ void Replay::run(Segment& segment) {
     RngScope generators(segment.stash(), segment.options().preserve_rng_state);
     AmbientScope ambient(segment.ambient());
     c10::AutoGradMode gradients(true);
-    compat::HookScope hooks(host().make_hook_pair(c10::make_intrusive<ReplayRecorder>(
-        c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
-        c10::intrusive_ptr<Replay>::reclaim_copy(this))));
+    compat::HookScope hooks(host().make_hook_pair(
+        c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
+                                            c10::intrusive_ptr<Replay>::reclaim_copy(this))));
     segment.program().run(std::move(inputs), stopped_);
   }
   check(segment);
@@ -130,7 +131,40 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
 }
 
 at::Tensor Replay::hand_over(uint32_t index) {
-  return keep_ ? values_[index] : std::exchange(values_[index], at::Tensor());
+  if (index >= values_.size()) {
+    return at::Tensor();
+  }
+  if (!values_[index].defined()) {
+    for (const auto& past : handed_over_) {
+      if (past.index != index) {
+        continue;
+      }
+      auto storage = past.storage.lock();
+      if (!storage) {
+        return at::Tensor();
+      }
+      auto again = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(storage)),
+                                                            past.keys, past.dtype);
+      again.unsafeGetTensorImpl()->set_sizes_and_strides(past.sizes, past.strides, past.offset);
+      return again;
+    }
+    return at::Tensor();
+  }
+  if (keep_) {
+    return values_[index];
+  }
+  at::Tensor values = std::exchange(values_[index], at::Tensor());
+  if (compat::is_plain(values)) {
+    handed_over_.push_back(
+        {index,
+         c10::weak_intrusive_ptr<c10::StorageImpl>(values.storage().getWeakStorageImpl()),
+         values.key_set(),
+         values.dtype(),
+         {values.sizes().begin(), values.sizes().end()},
+         {values.strides().begin(), values.strides().end()},
+         values.storage_offset()});
+  }
+  return values;
 }
 
 at::Tensor Replay::take(uint32_t index) {
@@ -171,8 +205,7 @@ void Replay::check(Segment& segment) {
 
 std::string Replay::mismatch_message(Segment& segment) const {
   std::ostringstream out;
-  out << "the replay of " << segment.name()
-      << " saves other tensors than its forward did.";
+  out << "the replay of " << segment.name() << " saves other tensors than its forward did.";
   constexpr size_t kShown = 8;
   for (size_t i = 0; i < mismatches_.size() && i < kShown; ++i) {
     const auto& mismatch = mismatches_[i];

@@ -6,8 +6,9 @@
 //   - in a graph task an unpack hands its tensor over and forgets it;
 //   - in a GraphExecGroup it keeps it until the slot dies or the group ends, so
 //     that overlapping backward calls (dx, then dw) share one replay;
-//   - a slot that is asked for again (ctx.saved_tensors read twice) starts a
-//     second replay, which from then on keeps what it fills.
+//   - a slot that is asked for again (ctx.saved_tensors read twice) gets the
+//     same memory while somebody still holds it; after that a second replay is
+//     started, which keeps what it fills.
 //
 // Note [Early stop]
 //
@@ -69,8 +70,8 @@ class Replay final : public c10::intrusive_ptr_target {
   // Prepares a run over the first `slots` slots; fills those that are live and
   // empty, or only `only`.
   void start(const Segment& segment, std::optional<uint32_t> only);
-  // Another run for slots that were handed over before.
-  bool has(uint32_t index) const { return index < values_.size() && values_[index].defined(); }
+  // The values for an unpack; undefined if they were handed over before and
+  // nobody holds them any more, or were never asked for.
   at::Tensor hand_over(uint32_t index);
   void keep_from_now_on() { keep_ = true; }
   // What is held for a slot, taken out so that the caller can drop it unlocked.
@@ -96,10 +97,24 @@ class Replay final : public c10::intrusive_ptr_target {
   std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
   std::vector<at::Tensor> values_;          // by slot; undefined: not filled or handed over
 
+  // What was handed over: enough to make the same tensor again from memory that
+  // backward still holds. Weak, so that it is freed as if this were not here.
+  // Plain dense tensors only.
+  struct HandedOver {
+    uint32_t index;
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+    c10::DispatchKeySet keys;
+    caffe2::TypeMeta dtype;
+    c10::SmallVector<int64_t, 5> sizes;
+    c10::SmallVector<int64_t, 5> strides;
+    int64_t offset;
+  };
+  std::vector<HandedOver> handed_over_;
+
   // The current run.
-  std::vector<bool> wanted_;    // by slot
-  int64_t last_wanted_ = -1;    // early stop after this one
-  uint32_t cursor_ = 0;         // tensors offered so far
+  std::vector<bool> wanted_;  // by slot
+  int64_t last_wanted_ = -1;  // early stop after this one
+  uint32_t cursor_ = 0;       // tensors offered so far
   size_t slots_at_start_ = 0;
   bool forward_was_done_ = false;
   std::vector<Mismatch> mismatches_;

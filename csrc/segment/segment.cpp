@@ -119,10 +119,9 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   const SourceLocation where = host().current_location();
   const TensorMeta meta = TensorMeta::of(tensor);
   const bool is_parameter = tensor.requires_grad() && tensor.is_leaf();
-  const bool is_input =
-      tensor.has_storage() &&
-      std::find(input_storages_.begin(), input_storages_.end(),
-                tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
+  const bool is_input = tensor.has_storage() &&
+                        std::find(input_storages_.begin(), input_storages_.end(),
+                                  tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
   const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, meta);
 
   std::lock_guard<std::mutex> lock(mutex_);
@@ -199,10 +198,10 @@ at::Tensor Segment::unpack(uint32_t index) {
       wait_for_replay(lock);
       continue;
     }
-    if (replay && replay->has(index)) {
-      return replay->hand_over(index);
-    }
     if (replay) {
+      if (at::Tensor values = replay->hand_over(index); values.defined()) {
+        return values;
+      }
       // Handed over before, in the same backward: from now on keep.
       replay->keep_from_now_on();
     } else {

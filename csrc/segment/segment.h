@@ -151,7 +151,8 @@ class Segment final : public c10::intrusive_ptr_target {
   // enclosing replays, so mutex_ would be held too long.
   std::mutex inputs_mutex_;
   std::vector<torch::autograd::SavedVariable> inputs_;
-  std::vector<at::Tensor> inference_inputs_;  // parallel to inputs_; defined where SavedVariable refuses
+  std::vector<at::Tensor>
+      inference_inputs_;  // parallel to inputs_; defined where SavedVariable refuses
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
   c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
 

@@ -12,9 +12,7 @@ from . import _handshake
 from ._build_info import INFO as _INFO
 
 # Before the extension is loaded: see _handshake.
-_handshake.check(
-    _INFO, _torch.__version__, _torch.version.cuda, _handshake.running_python_tag()
-)
+_handshake.check(_INFO, _torch.__version__, _torch.version.cuda, _handshake.running_python_tag())
 
 from torch.utils.checkpoint import (  # noqa: E402
     SAC_IGNORED_OPS,

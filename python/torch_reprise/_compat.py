@@ -29,10 +29,11 @@ def user_hooks() -> Hooks | None:
     the stack; the pack hooks of this library (and torch's own, from 2.14 on)
     are marked ``_checkpoint_internal`` and know what lies below them.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     while hooks is not None and getattr(hooks[0], "_checkpoint_internal", False):
         hooks = hooks[0]._user_hooks
-    return hooks  # type: ignore[no-any-return]
+    found: Hooks | None = hooks
+    return found
 
 
 def is_selective(context: object) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,34 +74,39 @@ def _describe(value: Any) -> str:
 
 def _program_stack(limit: int = 6) -> tuple[str, ...]:
     internal = (_compat.torch_directory(), __file__.rsplit("debug.py", 1)[0])
-    places = []
-    frame = sys._getframe(2)
+    places: list[str] = []
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and len(places) < limit:
         code = frame.f_code
         if not code.co_filename.startswith(internal) and not code.co_filename.startswith("<"):
             places.append(f"{code.co_filename}:{frame.f_lineno} in {code.co_name}")
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(places)
 
 
-class _OperatorLog(TorchDispatchMode):
+class _OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes each operator that reaches the dispatcher below autograd."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[_Operator] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         # Saving a tensor detaches it in other places in a replay than in a forward.
-        if func is not torch.ops.aten.detach.default:
-            given = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
-            made = [_describe(r) for r in tree_leaves(result)]
-            text = f"{func}({', '.join(given)}) -> {', '.join(made)}"
-            self.operators.append(_Operator(text, _program_stack()))
+        if func is torch.ops.aten.detach.default:
+            return func(*args, **kwargs)
+        given = [_describe(value) for value in args]
+        given += [f"{name}={_describe(value)}" for name, value in kwargs.items()]
+        text = f"{func}({', '.join(given)})"
+        # Noted before it runs: an operator that fails belongs to the log.
+        place = len(self.operators)
+        self.operators.append(_Operator(text, _program_stack()))
+        result = func(*args, **kwargs)
+        made = ", ".join(_describe(value) for value in tree_leaves(result))
+        self.operators[place] = self.operators[place]._replace(text=f"{text} -> {made}")
         return result
 
 
@@ -131,7 +137,7 @@ class DebugSession:
             outer: tuple[Any, Any] = (None, None)
             if context_fn is not None:
                 outer = tuple(context_fn())  # type: ignore[assignment]
-                if len(outer) != 2 or not all(hasattr(c, "__enter__") for c in outer):
+                if len(outer) != 2 or not all(hasattr(type(c), "__enter__") for c in outer):
                     raise TypeError(
                         "context_fn must return two context managers, one for the forward and "
                         f"one for the replay; it returned {outer!r:.200}"
@@ -147,9 +153,7 @@ class DebugSession:
         forward, replay = self._forward, self._replay
         same = 0
         while (
-            same < len(forward)
-            and same < len(replay)
-            and forward[same].text == replay[same].text
+            same < len(forward) and same < len(replay) and forward[same].text == replay[same].text
         ):
             same += 1
         lines = [

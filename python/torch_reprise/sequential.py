@@ -72,7 +72,8 @@ def checkpoint_sequential(
     require_bool("preserve_rng_state", preserve_rng_state)
     require_optional_bool("use_reentrant", use_reentrant)
     if isinstance(functions, torch.nn.Sequential):
-        chain = list(functions.children())
+        # Not children(): that passes over a module that occurs a second time.
+        chain = list(functions)
     elif isinstance(functions, (list, tuple, torch.nn.ModuleList)):
         chain = list(functions)
     else:

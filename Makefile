@@ -1,0 +1,89 @@
+# One command for each job, from a bare clone with Python, a C++ compiler, make and git:
+#
+#   make demo    train the demo model, print the table, write demo.png
+#   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
+#   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
+#   make bench   print a benchmark; which one: make bench BENCH=overhead
+#   make build   the environment and an editable install, which the others start from
+#   make clean   forget builds and caches          make distclean   the environment as well
+#
+# Everything goes into $(VENV); what is up to date is not done again.
+
+TORCH  ?= 2.13.0
+VENV   ?= .venv
+PYTHON ?= python3
+BENCH  ?= overhead
+PYTEST_ARGS ?=
+
+# A folder per torch, so that going back to one does not compile everything again.
+BUILD  := build/torch-$(TORCH)
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+TORCH_STAMP := $(STAMPS)/torch-$(TORCH)
+
+# What makes an editable install stale. Folders are in the list because adding or removing a file
+# changes nothing else; Python files are not, because they are read where they lie.
+BUILD_INPUTS := CMakeLists.txt pyproject.toml \
+  $(shell find cmake csrc tests/native -type d -o -type f -not -name '*.swp' 2>/dev/null)
+FORMATTED = $(shell find csrc tests/native -type f \
+  \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
+
+.DELETE_ON_ERROR:
+.PHONY: build demo test test-native test-python lint format bench clean distclean
+
+build: $(STAMPS)/build
+
+$(STAMPS)/tools: requirements/dev.txt
+	@echo "== environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements/dev.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+$(TORCH_STAMP): $(STAMPS)/tools
+	@echo "== torch $(TORCH)"
+	@$(PIP) install torch==$(TORCH)
+	@rm -f $(STAMPS)/torch-* && touch $@
+
+# --no-deps: torch is there, and nothing may change its version.
+$(STAMPS)/build: $(TORCH_STAMP) $(BUILD_INPUTS)
+	@echo "== building the extension (minutes the first time, then only what changed)"
+	@$(PIP) install --no-build-isolation --no-deps --editable . \
+	  --config-settings=build-dir=$(BUILD) \
+	  --config-settings=cmake.define.REPRISE_DEV=ON \
+	  --config-settings=cmake.define.REPRISE_NATIVE_TESTS=ON
+	@touch $@
+
+demo: build
+	$(BIN)/python -m torch_reprise demo
+
+bench: build
+	$(BIN)/python -m torch_reprise bench $(BENCH)
+
+test: test-native test-python
+
+test-native: build
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+
+# After the native tests also under make -j: two sets of threads on the same cores help nobody.
+test-python: build | test-native
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy reads torch's own annotations, so torch has to be there; the extension has not.
+lint: $(TORCH_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(STAMPS)/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMPS)/build
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
