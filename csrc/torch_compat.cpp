@@ -1,6 +1,7 @@
 #include "torch_compat.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/ThreadLocalPythonObjects.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -116,25 +117,22 @@ const std::string* hooks_disabled_message() {
 
 HookScope::HookScope(HookPair pair)
     : depth_(at::SavedTensorDefaultHooks::get_tls_state().stack.size()) {
-  if (hooks_disabled_message() == nullptr) {
-    at::SavedTensorDefaultHooks::push_hooks(std::move(pair.first), std::move(pair.second));
-    return;
+  if (hooks_disabled_message() != nullptr) {
+    outer_ = at::SavedTensorDefaultHooks::get_tls_state();
+    at::SavedTensorDefaultHooks::enable();
   }
-  at::impl::SavedTensorDefaultHooksTLS state = at::SavedTensorDefaultHooks::get_tls_state();
-  state.stack.emplace(std::move(pair));
-  at::SavedTensorDefaultHooks::set_tls_state(state);
+  at::SavedTensorDefaultHooks::push_hooks(std::move(pair.first), std::move(pair.second));
 }
 
 HookScope::~HookScope() {
-  // Pairs that the function pushed and did not pop go with ours.
+  // Pairs that the function pushed and did not pop go with ours. The state is
+  // set rather than popped: fn may have left hooks disabled.
+  if (outer_.has_value()) {
+    at::SavedTensorDefaultHooks::set_tls_state(*outer_);
+    return;
+  }
   while (at::SavedTensorDefaultHooks::get_tls_state().stack.size() > depth_) {
-    if (hooks_disabled_message() == nullptr) {
-      at::SavedTensorDefaultHooks::pop_hooks();
-      continue;
-    }
-    at::impl::SavedTensorDefaultHooksTLS state = at::SavedTensorDefaultHooks::get_tls_state();
-    state.stack.pop();
-    at::SavedTensorDefaultHooks::set_tls_state(state);
+    at::SavedTensorDefaultHooks::pop_hooks();
   }
 }
 
@@ -168,6 +166,38 @@ std::optional<c10::SafePyObject> current_group() {
 
 void at_end_of_graph_task(std::function<void()> callback) {
   ag::Engine::get_default_engine().queue_callback(std::move(callback));
+}
+
+namespace {
+
+// Rides in torch's map of thread-local Python objects, as an object without one.
+struct ChainToken : c10::SafePyObject {
+  explicit ChainToken(uint64_t number) : c10::SafePyObject(nullptr, nullptr), number(number) {}
+  uint64_t number;
+};
+
+const std::string& chain_key() {
+  static const auto* key = new std::string("torch_reprise.chain");
+  return *key;
+}
+
+}  // namespace
+
+uint64_t chain_token() {
+  using at::impl::ThreadLocalPythonObjects;
+  if (!ThreadLocalPythonObjects::contains(chain_key())) {
+    return 0;
+  }
+  return static_cast<const ChainToken&>(*ThreadLocalPythonObjects::get(chain_key())).number;
+}
+
+void set_chain_token(uint64_t token) {
+  using at::impl::ThreadLocalPythonObjects;
+  if (token == 0) {
+    ThreadLocalPythonObjects::erase(chain_key());
+  } else {
+    ThreadLocalPythonObjects::set(chain_key(), std::make_shared<ChainToken>(token));
+  }
 }
 
 std::string current_node_name() {

@@ -6,6 +6,7 @@
 // doing what its comment says.
 #pragma once
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/SafePyObject.h>
@@ -14,6 +15,7 @@
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
@@ -51,9 +53,9 @@ void install_native_hooks();             // idempotent; at import
 void enable_native_hooks(bool enabled);  // off: the Python pair is used (tests)
 bool native_hooks_installed();           // false if somebody else's engine is in force
 
-// Hook stack of this thread. push() works also while hooks are disabled
-// (torch.autograd.graph.disable_saved_tensors_hooks around a backward must not
-// stop a replay).
+// A pair on this thread's hook stack for a scope. It is in force also where hooks
+// are disabled: torch.autograd.graph.disable_saved_tensors_hooks around a
+// backward must not stop a replay.
 class HookScope {
  public:
   explicit HookScope(HookPair pair);
@@ -63,6 +65,9 @@ class HookScope {
 
  private:
   size_t depth_;
+  // The whole outer state, where hooks were disabled: SavedVariable does not ask
+  // for hooks then, so they are enabled inside.
+  std::optional<at::impl::SavedTensorDefaultHooksTLS> outer_;
 };
 
 // The pack hook on top of this thread's stack, borrowed, or null. Null also
@@ -100,6 +105,11 @@ std::optional<c10::SafePyObject> current_group();
 // Runs `callback` at the end of the current backward call, and destroys it
 // then also if that call failed. Must be called inside one.
 void at_end_of_graph_task(std::function<void()> callback);
+
+// A number that torch carries to whatever threads the backward calls begun on
+// this thread run on; 0 if none is set. See rng/generator_lease.h.
+uint64_t chain_token();
+void set_chain_token(uint64_t token);
 
 // The node this thread is executing, e.g. "MulBackward0", or "".
 std::string current_node_name();

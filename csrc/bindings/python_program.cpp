@@ -38,8 +38,16 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
   if (traceback != nullptr) {
     PyException_SetTraceback(value, traceback);
   }
+  // Inside of __exit__ the exception is the one being handled (sys.exc_info).
+  PyObject *outer_type = nullptr, *outer_value = nullptr, *outer_traceback = nullptr;
+  PyErr_GetExcInfo(&outer_type, &outer_value, &outer_traceback);
+  Py_XINCREF(type);
+  Py_XINCREF(value);
+  Py_XINCREF(traceback);
+  PyErr_SetExcInfo(type, value, traceback);
   Ref left = Ref::steal(PyObject_CallFunctionObjArgs(
       exit.get(), type, value, traceback != nullptr ? traceback : Py_None, nullptr));
+  PyErr_SetExcInfo(outer_type, outer_value, outer_traceback);
   const int swallow = left ? PyObject_IsTrue(left.get()) : 0;
   if (!left || swallow < 0) {  // __exit__ itself raised: that error counts
     Py_XDECREF(type);

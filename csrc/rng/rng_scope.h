@@ -1,6 +1,9 @@
 // Rewinds the generators for a replay and puts them back, whatever happens.
 #pragma once
 
+#include <optional>
+
+#include "rng/generator_lease.h"
 #include "rng/rng_snapshot.h"
 
 namespace reprise {
@@ -11,13 +14,18 @@ class RngScope {
   // moved. Every default generator is noted, not only those, since a replay
   // that draws where the forward did not must not move the program's numbers.
   RngScope(RngSnapshot& stash, bool enabled) : enabled_(enabled) {
-    if (enabled_) {
-      outer_ = RngSnapshot::capture_defaults();
-      stash.apply();
+    if (!enabled_) {
+      return;
     }
+    if (!stash.empty()) {
+      lease_.emplace();  // before anything is noted: see Note [Turns]
+    }
+    turns_ = GeneratorLease::turns();
+    outer_ = RngSnapshot::capture_defaults();
+    stash.apply();
   }
   ~RngScope() {
-    if (enabled_) {
+    if (enabled_ && (lease_.has_value() || GeneratorLease::undisturbed_since(turns_))) {
       outer_.restore_moved();
     }
   }
@@ -26,6 +34,8 @@ class RngScope {
 
  private:
   bool enabled_;
+  std::optional<GeneratorLease> lease_;  // given back last
+  uint64_t turns_ = 0;
   RngSnapshot outer_;
 };
 

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <chrono>
@@ -11,12 +12,26 @@
 
 #include "rng/rng_scope.h"
 #include "segment/ledger.h"
+#include "segment/replay.h"
 
 namespace reprise {
 
 namespace ag = torch::autograd;
 
 namespace {
+
+// Where the inner graph ends: in the place of the history of an input. Takes the
+// gradient as it is. A leaf would do too, but its accumulator brings gradients
+// into the memory layout of the leaf, and whoever sums over them next rounds in
+// another order than the plain program.
+struct GradientSink final : ag::Node {
+  ag::variable_list apply(ag::variable_list&& grads) override {
+    gradient = std::move(grads[0]);
+    return {};
+  }
+  std::string name() const override { return "RepriseInput"; }
+  at::Tensor gradient;
+};
 
 // Leaves that fn reached by itself and whose gradient this backward call was
 // asked for. The node has no edge to them.
@@ -81,19 +96,23 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   const auto start = std::chrono::steady_clock::now();
   std::vector<at::Tensor> inputs = segment->unpack_inputs();
   ag::edge_list input_edges;
+  std::vector<c10::intrusive_ptr<GradientSink>> sinks;
   for (size_t i = 0; i < inputs.size(); ++i) {
     inputs[i] = inputs[i].detach();
     if (needs_grad_[i]) {
-      inputs[i].requires_grad_(true);
+      auto sink = c10::make_intrusive<GradientSink>();
+      ag::set_history(inputs[i], sink);
       input_edges.push_back(ag::impl::gradient_edge(inputs[i]));
+      sinks.push_back(std::move(sink));
     }
   }
   std::vector<at::Tensor> outputs;
   {
+    const ReplayMark replaying;
     RngScope generators(segment->stash(), segment->options().preserve_rng_state);
     AmbientScope ambient(segment->ambient());
     c10::AutoGradMode gradients(true);
-    outputs = segment->program().run_for_outputs(inputs);
+    outputs = segment->program().run_for_outputs(std::move(inputs));
   }
   if (segment->row()) {
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
@@ -147,17 +166,15 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     } else {
       engine.execute(roots, root_grads, /*keep_graph=*/false, /*create_graph=*/false,
                      /*accumulate_grad=*/true);
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        if (needs_grad_[i]) {
-          input_grads.push_back(inputs[i].grad());
-        }
+      for (const auto& sink : sinks) {
+        input_grads.push_back(std::move(sink->gradient));
       }
     }
   } else {
     input_grads.resize(input_edges.size());
   }
-  ag::variable_list result(inputs.size());
-  for (size_t i = 0, next = 0; i < inputs.size(); ++i) {
+  ag::variable_list result(needs_grad_.size());
+  for (size_t i = 0, next = 0; i < result.size(); ++i) {
     if (needs_grad_[i]) {
       result[i] = std::move(input_grads[next++]);
     }

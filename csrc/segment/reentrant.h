@@ -2,7 +2,7 @@
 // outer graph replays the segment and runs its backward inside its own.
 //
 //     outer graph:   loss <- ... <- ReentrantNode <- ... <- x
-//     in backward:   ReentrantNode::apply runs fn on leaves that stand for the
+//     in backward:   ReentrantNode::apply runs fn on tensors that stand for the
 //                    inputs, then a backward over that inner graph
 //
 // It needs no saved-tensor hooks and keeps no graph between forward and

@@ -45,11 +45,17 @@ class ReplayHooks final : public ag::SavedVariableHooks {
 // Running
 // ---------------------------------------------------------------------------
 
+int& ReplayMark::depth() {
+  thread_local int depth = 0;
+  return depth;
+}
+
 void Replay::run(Segment& segment) {
   // First, and outside of every scope: an input may be a slot of an enclosing
   // segment, whose replay has an environment of its own.
   std::vector<at::Tensor> inputs = segment.unpack_inputs();
   {
+    const ReplayMark replaying;
     RngScope generators(segment.stash(), segment.options().preserve_rng_state);
     AmbientScope ambient(segment.ambient());
     c10::AutoGradMode gradients(true);

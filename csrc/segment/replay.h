@@ -52,6 +52,19 @@ namespace reprise {
 
 class Segment;
 
+// Marks this thread as replaying for a scope, in both forms.
+class ReplayMark {
+ public:
+  ReplayMark() { ++depth(); }
+  ~ReplayMark() { --depth(); }
+  ReplayMark(const ReplayMark&) = delete;
+  ReplayMark& operator=(const ReplayMark&) = delete;
+  static bool active() { return depth() > 0; }
+
+ private:
+  static int& depth();
+};
+
 class Replay final : public c10::intrusive_ptr_target {
  public:
   Replay(compat::ReplayKey key, std::optional<c10::SafePyObject> group)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "rng/generator_lease.h"
 #include "segment/ledger.h"
 #include "segment/replay.h"
 #include "segment/slot_hooks.h"
@@ -27,7 +28,8 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   segment->depth_ = depth;
   Ledger& ledger = Ledger::get();
   ledger.add(*segment);
-  if (ledger.recording()) {
+  segment->in_replay_ = ReplayMark::active();
+  if (ledger.recording() && !segment->in_replay_) {
     segment->row_ = ledger.new_row();
     auto name = segment->name();
     auto lock = ledger.lock_rows();
@@ -84,7 +86,9 @@ void Segment::end_forward() {
     bytes = bytes_not_saved_;
   }
   Ledger& ledger = Ledger::get();
-  ledger.count_bytes(bytes);
+  if (!in_replay_) {
+    ledger.count_bytes(bytes);
+  }
   if (row_) {
     auto names = stash_.names();
     auto lock = ledger.lock_rows();
@@ -175,11 +179,8 @@ at::Tensor Segment::unpack(uint32_t index) {
   const compat::ReplayKey key = compat::current_replay_key();
   std::unique_lock<std::mutex> lock(mutex_);
   if (key.none()) {
-    // Somebody looks at a saved tensor outside of backward: nothing is kept.
-    auto replay = c10::make_intrusive<Replay>(key, std::nullopt);
-    replay->start(*this, index);
-    run_replay(lock, replay);
-    return replay->take(index);
+    // Somebody looks at a saved tensor outside of backward.
+    return replay_one(lock, index);
   }
   while (true) {
     c10::intrusive_ptr<Replay> replay;
@@ -194,6 +195,11 @@ at::Tensor Segment::unpack(uint32_t index) {
                      " asked for one of the tensors that it is there to recompute. "
                      "The function reads saved tensors of its own outer graph; keep what it "
                      "needs from there outside of the checkpointed function."));
+      }
+      if (GeneratorLease::held_by_this_chain() && GeneratorLease::is_waiting(replay->runner)) {
+        // It waits for our turn to end, so that waiting for it would last for
+        // ever (a GraphExecGroup over threads whose functions run backward).
+        return replay_one(lock, index);
       }
       wait_for_replay(lock);
       continue;
@@ -216,6 +222,13 @@ at::Tensor Segment::unpack(uint32_t index) {
     replay->start(*this, std::nullopt);
     run_replay(lock, replay);
   }
+}
+
+at::Tensor Segment::replay_one(std::unique_lock<std::mutex>& lock, uint32_t index) {
+  auto replay = c10::make_intrusive<Replay>(compat::ReplayKey(), std::nullopt);
+  replay->start(*this, index);
+  run_replay(lock, replay);
+  return replay->take(index);
 }
 
 void Segment::forget_at_end_of_graph_task(const compat::ReplayKey& key) {

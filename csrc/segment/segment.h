@@ -128,6 +128,8 @@ class Segment final : public c10::intrusive_ptr_target {
 
   // Both with mutex_ held through `lock`, which is let go while fn runs.
   void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
+  // Recomputes one slot; nothing is kept.
+  at::Tensor replay_one(std::unique_lock<std::mutex>& lock, uint32_t index);
   void wait_for_replay(std::unique_lock<std::mutex>& lock);
   Replay* find_replay(const compat::ReplayKey& key) const;
   // What was recomputed for `key`, taken out so that the caller can drop it
@@ -141,6 +143,9 @@ class Segment final : public c10::intrusive_ptr_target {
   SegmentOptions options_;
   AmbientState ambient_;
   int depth_ = 0;
+  // Begun inside of a replay: the same segment as one of the forward, and not
+  // counted a second time.
+  bool in_replay_ = false;
   std::shared_ptr<LedgerRow> row_;  // shared with a recording; null when none is on
 
   // Written at begin and end of the forward, read-only after. While the forward

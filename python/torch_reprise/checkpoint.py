@@ -308,6 +308,8 @@ _ALL_FLAGS: int = _C.PRESERVE_RNG_STATE | _C.EARLY_STOP | _C.CHECK_DETERMINISM
 class _Checkpointed:
     """A function that is checkpointed whenever it is called; works on methods too."""
 
+    __qualname__: str
+
     def __init__(self, options: dict[str, Any], function: Callable[..., Any]) -> None:
         require_callable("function", function)
         self._options = options
@@ -318,6 +320,10 @@ class _Checkpointed:
         if self._options["use_reentrant"] is None:
             _warn_use_reentrant("checkpoint", stacklevel=2)
         return _run(self._function, args, kwargs, **self._options)
+
+    def __reduce__(self) -> str:
+        # By name, as the function that it stands for would be.
+        return str(self.__qualname__)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         bind = getattr(self._function, "__get__", None)

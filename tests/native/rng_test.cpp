@@ -1,0 +1,167 @@
+// Generator states of the three kinds, without a device: a philox generator and
+// an opaque one that exist only here stand in for the backends'.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <stdexcept>
+#include <unordered_set>
+
+#include "check.h"
+#include "rng/generator_state.h"
+#include "rng/rng_scope.h"
+#include "rng/rng_snapshot.h"
+
+using reprise::GeneratorState;
+
+namespace {
+
+// Both count what a device generator would count; neither draws anything.
+class CountingGenerator : public c10::GeneratorImpl {
+ public:
+  CountingGenerator(c10::DeviceType type, c10::DispatchKey key)
+      : GeneratorImpl(c10::Device(type, 0), c10::DispatchKeySet(key)) {}
+  void set_current_seed(uint64_t seed) override {
+    seed_ = seed;
+    offset_ = 0;
+    ++seeds_set;
+  }
+  void set_offset(uint64_t offset) override { offset_ = offset; }
+  uint64_t get_offset() const override { return offset_; }
+  uint64_t current_seed() const override { return seed_; }
+  uint64_t seed() override { return seed_; }
+  void set_state(const c10::TensorImpl&) override {
+    throw std::logic_error("no tensors for philox");
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    throw std::logic_error("no tensors for philox");
+  }
+  int seeds_set = 0;
+
+ protected:
+  CountingGenerator* clone_impl() const override { return nullptr; }
+  uint64_t seed_ = 7;
+  uint64_t offset_ = 0;
+};
+
+class OpaqueGenerator final : public CountingGenerator {
+ public:
+  OpaqueGenerator()
+      : CountingGenerator(c10::DeviceType::PrivateUse1, c10::DispatchKey::PrivateUse1) {}
+  uint64_t get_offset() const override { throw std::logic_error("this backend has no offset"); }
+  void set_state(const c10::TensorImpl& state) override {
+    offset_ = static_cast<const uint8_t*>(state.data())[0];
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    auto state = at::full({3}, static_cast<int64_t>(offset_), at::kByte);
+    return state.getIntrusivePtr();
+  }
+};
+
+template <typename Impl, typename... Args>
+at::Generator make(Args... args) {
+  return at::Generator(c10::make_intrusive<Impl>(args...));
+}
+
+}  // namespace
+
+TEST(the_cpu_state_comes_back_whole) {
+  auto generator = at::detail::createCPUGenerator(3);
+  at::randn({3}, generator, at::kDouble);  // an odd number: one normal sample is cached
+  const auto captured = GeneratorState::capture(generator);
+  EXPECT(captured.kind() == GeneratorState::Kind::kMt19937);
+  const auto tensor = generator.get_state();
+  const auto expected = at::randn({1001}, generator, at::kDouble);
+  EXPECT(!captured.is_state_of(generator));
+  captured.apply(generator);
+  EXPECT(captured.is_state_of(generator));
+  EXPECT(at::equal(generator.get_state(), tensor));
+  EXPECT(at::equal(at::randn({1001}, generator, at::kDouble), expected));
+}
+
+TEST(a_whole_turn_of_the_engine_is_a_move) {
+  auto generator = at::detail::createCPUGenerator(3);
+  auto* cpu = generator.get<at::CPUGeneratorImpl>();
+  cpu->random();
+  const auto captured = GeneratorState::capture(generator);
+  for (int i = 0; i < 624; ++i) {
+    cpu->random();
+  }
+  EXPECT(!captured.is_state_of(generator));  // left and next are the same again
+}
+
+TEST(unmoved_states_share_their_memory) {
+  auto generator = at::detail::createCPUGenerator(3);
+  const auto first = GeneratorState::capture(generator);
+  const auto second = GeneratorState::capture(generator);
+  EXPECT(first.address() == second.address());
+  generator.get<at::CPUGeneratorImpl>()->random();
+  const auto third = GeneratorState::capture(generator);
+  EXPECT(third.address() != first.address());
+  EXPECT(first == second);
+  EXPECT(!(first == third));
+}
+
+TEST(philox_is_seed_and_offset) {
+  auto generator = make<CountingGenerator>(c10::DeviceType::CUDA, c10::DispatchKey::CUDA);
+  auto* impl = generator.get<CountingGenerator>();
+  impl->set_current_seed(11);
+  impl->set_offset(16);
+  const auto captured = GeneratorState::capture(generator);
+  EXPECT(captured.kind() == GeneratorState::Kind::kPhilox);
+  EXPECT_EQ(captured.nbytes(), 16u);
+  EXPECT_EQ(captured.describe(), std::string("philox seed 11, offset 16"));
+  impl->set_offset(64);
+  EXPECT(!captured.is_state_of(generator));
+  const int seeds_set = impl->seeds_set;
+  captured.apply(generator);
+  EXPECT_EQ(impl->get_offset(), 16u);
+  EXPECT_EQ(impl->seeds_set, seeds_set);  // the seed is the same: not allowed in a stream capture
+  impl->set_current_seed(12);
+  captured.apply(generator);
+  EXPECT_EQ(impl->current_seed(), 11u);
+  EXPECT_EQ(impl->get_offset(), 16u);
+}
+
+TEST(an_unknown_backend_is_opaque) {
+  auto generator = make<OpaqueGenerator>();
+  generator.set_offset(5);
+  const auto captured = GeneratorState::capture(generator);
+  EXPECT(captured.kind() == GeneratorState::Kind::kOpaque);
+  EXPECT_EQ(captured.nbytes(), 3u);
+  generator.set_offset(6);
+  EXPECT(!captured.is_state_of(generator));
+  captured.apply(generator);
+  EXPECT(captured.is_state_of(generator));
+}
+
+TEST(a_scope_rewinds_and_puts_back) {
+  at::manual_seed(1);
+  auto stash = reprise::RngSnapshot::capture_defaults();
+  const auto drawn = at::rand({5});
+  stash.keep_only_moved();
+  EXPECT(stash.names() == std::vector<std::string>{"cpu"});
+  const auto after = at::globalContext().defaultGenerator(at::kCPU).get_state();
+  {
+    const reprise::RngScope scope(stash, true);
+    EXPECT(at::equal(at::rand({5}), drawn));
+    at::rand({3});
+  }
+  EXPECT(at::equal(at::globalContext().defaultGenerator(at::kCPU).get_state(), after));
+}
+
+TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
+  at::manual_seed(1);
+  auto stash = reprise::RngSnapshot::capture_defaults();
+  stash.keep_only_moved();
+  EXPECT(stash.empty());
+  const auto before = at::globalContext().defaultGenerator(at::kCPU).get_state();
+  {
+    const reprise::RngScope scope(stash, true);
+    at::rand({3});  // the forward drew nothing; the replay must not move the program
+  }
+  EXPECT(at::equal(at::globalContext().defaultGenerator(at::kCPU).get_state(), before));
+  std::unordered_set<const void*> seen;
+  EXPECT_EQ(stash.nbytes(seen), 0u);
+}
+
+TEST_MAIN()

@@ -1,0 +1,336 @@
+"""use_reentrant=True: torch's documented behaviour, and what a node with known edges adds to it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Changing,
+    Counted,
+    Run,
+    assert_exact,
+    checkpointed,
+    grads,
+    leaf,
+    message_of,
+    plain,
+)
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from torch_reprise import (
+    CheckpointFunction,
+    check_backward_validity,
+    checkpoint,
+    detach_variable,
+    ledger,
+    set_checkpoint_early_stop,
+)
+
+
+def mixed(x: Tensor, w: Tensor) -> Tensor:
+    return dropout(torch.tanh(x @ w), 0.4).exp() * w
+
+
+def exact(program: Any, replays: int | None = 1) -> None:
+    assert_exact(program, replays=replays, use_reentrant=True)
+
+
+# What torch documents.
+
+
+def test_the_forward_runs_without_gradients_and_the_replay_with() -> None:
+    function = Counted(torch.sin)
+    x = leaf(3)
+    out = checkpoint(function, x, use_reentrant=True)
+    assert out.requires_grad and not out.is_leaf
+    out.sum().backward()
+    assert function.grad_modes == [False, True]
+
+
+def test_the_replay_runs_the_whole_function() -> None:
+    log: list[str] = []
+
+    def function(x: Tensor) -> Tensor:
+        out = x.exp()
+        log.append("exp")
+        out = out + 1
+        log.append("add")
+        return out
+
+    x = leaf(3)
+    with set_checkpoint_early_stop(True):
+        checkpoint(function, x, use_reentrant=True, early_stop=True).sum().backward()
+    assert log == ["exp", "add"] * 2
+
+
+def test_no_input_requires_grad() -> None:
+    linear, x = nn.Linear(3, 3), torch.randn(2, 3)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        out = checkpoint(linear, x, use_reentrant=True)
+    assert not out.requires_grad
+    assert torch.equal(out, linear(x))
+
+
+def test_parameters_get_their_gradients_from_the_nested_backward() -> None:
+    def program(run: Run) -> Any:
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 4))
+        x = leaf(3, 4)
+        out = run(model, x.sin())
+        out.sum().backward()
+        return out, grads([x]), grads(model)
+
+    exact(program)
+
+
+def test_an_argument_that_does_not_require_grad_gets_none() -> None:
+    def program(run: Run) -> Any:
+        x, constant = leaf(4, 4), torch.randn(4, 4)
+        out = run(mixed, x, constant)
+        out.sum().backward()
+        return out, grads([x, constant])
+
+    exact(program)
+
+
+def test_outputs_that_are_integers_or_no_tensors() -> None:
+    def function(x: Tensor) -> Any:
+        values, index = x.sin().sort()
+        return values.exp(), index, x.shape[0], "name", None
+
+    def program(run: Run) -> Any:
+        x = leaf(5)
+        out = run(function, x)
+        assert not out[1].requires_grad
+        out[0].sum().backward()
+        return list(out), grads([x])
+
+    exact(program)
+
+
+def test_outputs_that_are_inputs() -> None:
+    def program(run: Run) -> Any:
+        x, y = leaf(3), leaf(3)
+        same, product = run(lambda a, b: (a, torch.sin(a * b)), x.exp(), y)
+        (same * product).sum().backward()
+        return same, product, grads([x, y])
+
+    exact(program)
+
+
+def test_one_of_several_outputs_is_used() -> None:
+    def program(run: Run) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4)
+        _, used, _ = run(lambda a, b: ((a @ b).sin(), (a * b).exp(), a.detach()), x, w)
+        used.sum().backward()
+        return used, grads([x, w])
+
+    exact(program)
+
+
+def test_views_and_in_place_changes_of_an_output() -> None:
+    def program(run: Run) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4)
+        out = run(mixed, x, w)
+        out.mul_(2.0)
+        out[0].add_(w[0])
+        out.sin().sum().backward()
+        return out, grads([x, w])
+
+    exact(program)
+
+
+def test_no_output_requires_grad() -> None:
+    x = leaf(3)
+    out = checkpoint(lambda t: t.detach() * 2, x, use_reentrant=True)
+    assert "requires_grad" in message_of(RuntimeError, lambda: out.sum().backward())
+
+
+def test_an_in_place_change_of_an_argument_is_noticed() -> None:
+    x = leaf(3)
+    h = x.exp()
+    out = checkpoint(torch.sin, h, use_reentrant=True)
+    h.add_(1)
+    text = message_of(RuntimeError, lambda: out.sum().backward())
+    assert "modified by an inplace operation" in text
+
+
+def test_checkpoint_function_apply() -> None:
+    def program(run: Run) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4)
+        out = mixed(x, w) if run is plain else CheckpointFunction.apply(mixed, True, x, w)
+        out.sum().backward()
+        return out, grads([x, w])
+
+    exact(program)
+
+
+def test_detach_variable() -> None:
+    x, y = leaf(3), torch.ones(3)
+    detached = detach_variable((x, 3, y, "s"))
+    assert isinstance(detached, tuple) and detached[1] == 3 and detached[3] == "s"
+    assert detached[0].is_leaf and detached[0].requires_grad and detached[0] is not x
+    assert detached[0].data_ptr() == x.data_ptr() and not detached[2].requires_grad
+    with pytest.raises(RuntimeError, match="tuple"):
+        detach_variable([x])  # type: ignore[arg-type]
+
+
+def test_check_backward_validity() -> None:
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        check_backward_validity([torch.ones(1), 3, None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_backward_validity([torch.ones(1), leaf(1)])
+
+
+# What torch refuses.
+
+
+def test_keyword_arguments() -> None:
+    def function(x: Tensor, *, weight: Tensor, power: int, bias: Any = None) -> Tensor:
+        out = torch.tanh(x @ weight) ** power
+        return out if bias is None else dropout(out + bias, 0.5)
+
+    def program(run: Run) -> Any:
+        x, w, b = leaf(3, 4), leaf(4, 4), leaf(4)
+        h = run(function, x, weight=w, power=2)
+        out = run(function, weight=w.sin(), x=h, power=3, bias=b)
+        out.sum().backward()
+        return h, out, grads([x, w, b])
+
+    exact(program, replays=2)
+
+
+def test_only_keyword_and_nested_arguments_require_grad() -> None:
+    def function(x: Tensor, pack: Any, *, last: Tensor) -> dict[str, Any]:
+        h = torch.sin(x * pack["a"][0]) + pack["b"]
+        return {"h": h.exp(), "list": [h.tanh() * last, 3]}
+
+    def program(run: Run) -> Any:
+        a, b, c = leaf(4), leaf(4), leaf(4)
+        out = run(function, torch.ones(4), {"a": [a], "b": b}, last=c)
+        (out["h"] * out["list"][0]).sum().backward()
+        return out, grads([a, b, c])
+
+    exact(program)
+
+
+@pytest.mark.parametrize("which", ["arguments", "first", "second"])
+def test_autograd_grad_with_respect_to_arguments(which: str) -> None:
+    def program(run: Run) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4)
+        wanted = {"arguments": [x, w], "first": [x], "second": [w]}[which]
+        out = run(mixed, x, w)
+        found = torch.autograd.grad(out.sum(), wanted)
+        return out, list(found), grads([x, w])
+
+    exact(program)
+
+
+def test_backward_with_inputs() -> None:
+    def program(run: Run) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4)
+        out = run(mixed, x.sin(), w)
+        out.sum().backward(inputs=[x])
+        return out, grads([x, w])
+
+    exact(program)
+
+
+def test_autograd_grad_does_not_accumulate_into_closed_over_parameters() -> None:
+    """Silently wrong is the one thing that it must not be: exact, or refused."""
+
+    def attempt(run: Run, linear: nn.Module, x: Tensor) -> Tensor:
+        return torch.autograd.grad(run(lambda t: torch.tanh(linear(t)), x).sum(), x)[0]
+
+    linear, x = nn.Linear(3, 3), leaf(2, 3)
+    expected = attempt(plain, linear, x)
+    try:
+        found = attempt(checkpointed(use_reentrant=True), linear, x)
+    except RuntimeError as error:
+        assert "use_reentrant=False" in str(error), "a refusal says what to do"
+    else:
+        assert torch.equal(found, expected)
+    assert grads(linear) == [None, None] and x.grad is None
+
+
+def test_autograd_grad_for_a_closed_over_parameter_is_never_silently_wrong() -> None:
+    linear, x = nn.Linear(3, 3), leaf(2, 3)
+    (expected,) = torch.autograd.grad(torch.tanh(linear(x)).sum(), linear.weight)
+
+    def attempt() -> Tensor:
+        out = checkpoint(lambda t: torch.tanh(linear(t)), x, use_reentrant=True)
+        return torch.autograd.grad(out.sum(), linear.weight)[0]
+
+    try:
+        found = attempt()
+    except RuntimeError as error:
+        text = str(error)
+        assert "use_reentrant=False" in text or "not have been used in the graph" in text
+    else:
+        assert torch.equal(found, expected)
+    assert grads(linear) == [None, None] and x.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.needs_gc  # a gradient with a graph refers to its own leaf
+@pytest.mark.parametrize("how", ["grad", "backward"])
+def test_create_graph_is_exact_or_refused(how: str) -> None:
+    """The first derivative has a graph outside the segment too: what the segment adds to the second
+    one can go missing without a word."""
+
+    def second_order(run: Run, x: Tensor) -> Tensor:
+        out = (x * run(lambda t: torch.sin(t) * t, x)).sum()
+        if how == "grad":
+            (slope,) = torch.autograd.grad(out, x, create_graph=True)
+        else:
+            out.backward(create_graph=True)
+            slope, x.grad = x.grad, None
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    x = leaf(4)
+    expected = second_order(plain, x)
+    try:
+        found = second_order(checkpointed(use_reentrant=True), x)
+    except RuntimeError as error:
+        assert "use_reentrant=False" in str(error), "a refusal says what to do"
+    else:
+        assert torch.equal(found, expected)
+    x.grad = None
+
+
+# Errors.
+
+
+def test_an_error_in_the_replay_leaves_nothing_behind() -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch.rand(3)
+        raise KeyError("the second time")
+
+    x = leaf(3)
+    out = checkpoint(Changing(lambda t: dropout(t.sin(), 0.5), broken), x, use_reentrant=True)
+    state = torch.get_rng_state()
+    assert "the second time" in message_of(KeyError, out.sum().backward)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled() and x.grad is None
+    del out
+    assert ledger.live_segments() == 0 and ledger.stashed_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        (lambda t: (t.sin(), t.cos()), "returned 2 output tensors where its forward returned 1"),
+        (lambda t: t.sin()[:2], "shape|size"),
+    ],
+    ids=["more outputs", "another shape"],
+)
+def test_a_replay_that_returns_something_else_is_an_error(later: Any, words: str) -> None:
+    x = leaf(4)
+    out = checkpoint(Changing(torch.sin, later), x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=f"(?i){words}"):
+        out.sum().backward()
+    assert x.grad is None
