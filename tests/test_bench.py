@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_reprise._bench import common, overhead
+from torch_reprise._bench import _common, overhead
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 
@@ -124,7 +124,7 @@ def test_interleaving_rotates_and_keeps_the_collector_out() -> None:
     order: list[str] = []
     collector: set[bool] = set()
 
-    def variant(name: str) -> common.Thunk:
+    def variant(name: str) -> _common.Thunk:
         def run() -> None:
             order.append(name)
             collector.add(gc.isenabled())
@@ -133,7 +133,7 @@ def test_interleaving_rotates_and_keeps_the_collector_out() -> None:
 
     assert gc.isenabled()
     rounds_done: list[int] = []
-    times = common.interleave(
+    times = _common.interleave(
         {name: variant(name) for name in "abc"},
         rounds=4,
         inner=2,
@@ -153,13 +153,13 @@ def test_the_collector_comes_back_after_an_error() -> None:
         assert not gc.isenabled()
         raise RuntimeError("from the variant")
 
-    with pytest.raises(RuntimeError, match="from the variant"), common.collector_off():
+    with pytest.raises(RuntimeError, match="from the variant"), _common.collector_off():
         fail()
     assert gc.isenabled()
 
 
 def test_overheads_are_taken_round_by_round() -> None:
-    result = common.Overheads(
+    result = _common.Overheads(
         plain=[10.0, 11.0, 30.0],
         forward=[4.0, 3.0, 9.0],
         steps={"x": [20.0, 16.0, 48.0]},
@@ -167,14 +167,14 @@ def test_overheads_are_taken_round_by_round() -> None:
     )
     assert result.rounds == 3
     # min: 16 - 10 - 3; median: of 6, 2 and 9
-    assert result.of("x") == common.Summary(min=3.0, median=6.0)
-    assert common.Summary.of([3.0, 1.0, 2.5]) == common.Summary(min=1.0, median=2.5)
+    assert result.of("x") == _common.Summary(min=3.0, median=6.0)
+    assert _common.Summary.of([3.0, 1.0, 2.5]) == _common.Summary(min=1.0, median=2.5)
 
 
 def test_a_figure_without_a_torch_figure_has_no_ratio() -> None:
     workload = overhead.workloads()[1]
     steps = {f"{name}, {form}": [3.0] for name in ("torch", "ours") for form in overhead.FORMS}
-    result = common.Overheads(plain=[2.0], forward=[2.0], steps=steps, inner=1)
+    result = _common.Overheads(plain=[2.0], forward=[2.0], steps=steps, inner=1)
     lines = overhead.rows(workload, result)
     assert [line[-1] for line in lines] == [""] * 4
     assert "- / -" in overhead.table([workload], lines).rows[0]
@@ -182,13 +182,13 @@ def test_a_figure_without_a_torch_figure_has_no_ratio() -> None:
 
 def test_calibration_reaches_the_target() -> None:
     calls: list[None] = []
-    inner = common.calibrate(lambda: calls.append(None), target_s=1e-3)
+    inner = _common.calibrate(lambda: calls.append(None), target_s=1e-3)
     assert 1 < inner
-    assert common.calibrate(lambda: sum(range(10**5)), target_s=1e-9) == 1
+    assert _common.calibrate(lambda: sum(range(10**5)), target_s=1e-9) == 1
 
 
 def test_a_pipe_gets_ten_lines_and_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    screen = common.Screen()
+    screen = _common.Screen()
     assert not screen.is_terminal
     with screen.progress("work", 25) as bar:
         for number in range(25):
@@ -199,13 +199,13 @@ def test_a_pipe_gets_ten_lines_and_no_bar(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_row_has_to_fit_its_table() -> None:
-    table = common.Table("title", ("a", "b"))
+    table = _common.Table("title", ("a", "b"))
     with pytest.raises(ValueError, match="table has 2 columns, got 1 cells"):
         table.add("x")
 
 
 def test_facts_name_what_matters() -> None:
-    facts = common.machine_facts()
+    facts = _common.machine_facts()
     assert facts["torch"] == torch.__version__
     assert int(facts["cores"]) >= 1 and int(facts["threads"]) == torch.get_num_threads()
     assert facts["processor"]
@@ -220,5 +220,5 @@ def test_facts_name_what_matters() -> None:
     ],
 )
 def test_missing_packages(packages: tuple[str, ...], message: str | None) -> None:
-    found = common.missing(*packages)
+    found = _common.missing(*packages)
     assert found is None if message is None else found is not None and message in found

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch_reprise
 from torch import Tensor, nn
+
+import torch_reprise
 from torch_reprise import _C, _compat, checkpoint, ledger
 
 
@@ -147,13 +148,13 @@ def test_hooks_that_are_disabled() -> None:
     assert x.grad is not None and torch.equal(x.grad, x.detach().cos())
 
 
-def test_a_function_transform_over_a_segment() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_function_transform_over_a_segment(use_reentrant: bool) -> None:
     x = torch.randn(4)
-    for use_reentrant in (False, True):
-        found = torch.func.grad(
-            lambda t: checkpoint(lambda u: u.sin().exp(), t, use_reentrant=use_reentrant).sum()
-        )(x)
-        assert torch.equal(found, torch.func.grad(lambda t: t.sin().exp().sum())(x))
+    found = torch.func.grad(
+        lambda t: checkpoint(lambda u: u.sin().exp(), t, use_reentrant=use_reentrant).sum()
+    )(x)
+    assert torch.equal(found, torch.func.grad(lambda t: t.sin().exp().sum())(x))
 
 
 def test_selective_checkpointing_still_has_the_parts_we_use() -> None:
@@ -226,9 +227,7 @@ def _train_distributed(rank: int, port: int, static_graph: bool) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
     class Model(nn.Module):
         def __init__(self, run: Any) -> None:

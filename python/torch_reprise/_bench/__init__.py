@@ -1,4 +1,4 @@
 """Benchmarks that ship with the package, so that anyone can check the claims on their own machine.
 
-``common`` measures and prints, every other module is one benchmark with a ``main(argv) -> int``.
+``_common`` measures and prints, every other module is one benchmark with a ``main(argv) -> int``.
 """

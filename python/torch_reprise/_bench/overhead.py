@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from .._demo.model import Block
-from .common import (
+from ._common import (
     Overheads,
     Screen,
     Summary,

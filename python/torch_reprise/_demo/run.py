@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .._bench.common import Screen, Table, measure_overheads, missing, torch_threads
+from .._bench._common import Screen, Table, measure_overheads, missing, torch_threads
 from . import data, plot
 from .model import GPT, BlockCall, GPTConfig, call_plainly
 
