@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/headeronly/version.h>
 
 #include <atomic>
 #include <memory>
@@ -236,9 +237,16 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
         "pass use_reentrant=False");
   };
   auto alias = [](const at::Tensor& self) { return self.view_as(self); };
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
+  c10::intrusive_ptr<ag::Node> attached;  // always `node`: no input is marked dirty
+  return ag::_wrap_outputs(inputs, non_differentiable, /*dirty_inputs=*/{}, outputs, node,
+                           no_forward_mode, /*to_save_if_setup_context=*/{}, alias,
+                           /*pure_view=*/false, attached);
+#else
   return ag::_wrap_outputs(inputs, non_differentiable, /*dirty_inputs=*/{}, outputs, node,
                            no_forward_mode, /*to_save_if_setup_context=*/{}, alias,
                            /*pure_view=*/false);
+#endif
 }
 
 bool is_plain(const at::Tensor& tensor) {

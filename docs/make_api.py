@@ -35,7 +35,7 @@ SECTIONS: dict[str, tuple[Any, list[str]]] = {
     "Helpers": (torch_reprise, ["detach_variable", "check_backward_validity"]),
     "Random state: `torch_reprise.rng`": (
         rng,
-        ["default_generators", "get_device_states", "set_device_states"],
+        [name for name in rng.__all__ if name != "DefaultDeviceType"],
     ),
     "The ledger: `torch_reprise.ledger`": (ledger, list(ledger.__all__)),
 }

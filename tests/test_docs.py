@@ -39,7 +39,10 @@ def test_the_code_in_the_readme_runs() -> None:
         exec(compile(code, "README.md", "exec"), names)
     names["y"].sum().backward()
     assert ledger.segments() == before + 1
-    assert torch.equal(x.grad, 2 * (1 - x.detach().tanh() ** 2))  # type: ignore[arg-type]
+    found, x.grad = x.grad, None
+    (torch.tanh(x) * torch.ones(4)).sum().backward()
+    torch.tanh(x).sum().backward()
+    assert found is not None and x.grad is not None and torch.equal(found, x.grad)
     del names["y"]
 
 

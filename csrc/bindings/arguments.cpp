@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "bindings/generators.h"
+
 namespace reprise::bindings {
 namespace {
 
@@ -35,9 +37,12 @@ bool is_named_tuple(PyObject* value) {
 
 }  // namespace
 
-Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors) {
+Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors,
+                     std::vector<at::Generator>* generators)
+    : generators_(generators) {
   Known known;
   take_apart(value, tensors, known);
+  generators_ = nullptr;
 }
 
 bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known) {
@@ -72,6 +77,11 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
   if (!is_list && !is_dict &&
       !(PyDict_Check(value) &&
         (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
+    if (generators_ != nullptr) {
+      if (const at::Generator* generator = as_generator(value)) {
+        generators_->push_back(*generator);
+      }
+    }
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
     return false;
   }

@@ -12,6 +12,7 @@
 // Every member needs the interpreter lock, the destructor too.
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 
@@ -27,7 +28,9 @@ class Structure {
  public:
   // Takes `value` apart; its tensors are appended to `tensors`.
   // Throws the Python error that a broken container raises.
-  Structure(PyObject* value, std::vector<at::Tensor>& tensors);
+  // Generators among the values are appended to `generators`, if it is given.
+  Structure(PyObject* value, std::vector<at::Tensor>& tensors,
+            std::vector<at::Generator>* generators = nullptr);
 
   // The same value with `tensors` (all that this structure found, from `*next`
   // on, which is advanced) in their places.
@@ -61,7 +64,8 @@ class Structure {
   template <typename Leaf>
   Ref put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const;
 
-  std::vector<Node> nodes_;  // preorder
+  std::vector<Node> nodes_;                 // preorder
+  std::vector<at::Generator>* generators_;  // only while it is made
 };
 
 }  // namespace reprise::bindings

@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "bindings/bind.h"
@@ -50,17 +51,75 @@ bool is_initialised(c10::DeviceType type) {
   return now;
 }
 
+std::vector<at::Generator> in_order(const RngSnapshot& snapshot) {
+  const auto generators = snapshot.generators();
+  return {generators.begin(), generators.end()};
+}
+
+bool equal(const RngSnapshot& a, const RngSnapshot& b) {
+  if (a.size() != b.size()) {
+    return false;
+  }
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!(a.generator(i) == b.generator(i)) || !(a.state(i) == b.state(i))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void bind_snapshot(py::module_& module) {
+  py::class_<RngSnapshot>(module, "RngSnapshot")
+      .def_static("capture",
+                  [](const std::vector<at::Generator>& generators) {
+                    return RngSnapshot::capture(generators);
+                  })
+      .def_static(
+          "from_tensors",
+          [](const std::vector<at::Generator>& generators, const std::vector<at::Tensor>& tensors) {
+            RngSnapshot snapshot;
+            for (size_t i = 0; i < generators.size(); ++i) {
+              snapshot.add(generators[i],
+                           GeneratorState::from_tensor(generators[i], tensors.at(i)));
+            }
+            return snapshot;
+          })
+      .def("restore", [](RngSnapshot& self) { self.restore_moved(); })
+      .def("equal", &equal)
+      .def("names", &RngSnapshot::names)
+      .def("generators", &in_order)
+      .def("nbytes",
+           [](const RngSnapshot& self) {
+             std::unordered_set<const void*> seen;
+             return self.nbytes(seen);
+           })
+      .def("tensors",
+           [](const RngSnapshot& self) {
+             std::vector<at::Tensor> tensors;
+             for (size_t i = 0; i < self.size(); ++i) {
+               tensors.push_back(self.state(i).to_tensor());
+             }
+             return tensors;
+           })
+      .def("describe", [](const RngSnapshot& self) {
+        std::vector<std::string> lines;
+        for (size_t i = 0; i < self.size(); ++i) {
+          lines.push_back(self.state(i).describe());
+        }
+        return lines;
+      });
+}
+
 }  // namespace
 
 void bind_rng(py::module_& module) {
   set_initialised_query(&is_initialised);
-  module.def("default_generator_names", [] {
-    std::vector<std::string> names;
-    for (const auto& generator : default_generators()) {
-      names.push_back(generator_name(generator));
-    }
-    return names;
+  bind_snapshot(module);
+  module.def("default_generators", [] {
+    const auto generators = default_generators();
+    return std::vector<at::Generator>(generators.begin(), generators.end());
   });
+  module.def("generator_name", &generator_name);
 }
 
 }  // namespace reprise::bindings

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bindings/bind.h"
+#include "bindings/generators.h"
 #include "bindings/python_host.h"
 #include "bindings/python_object.h"
 #include "bindings/python_program.h"
@@ -23,12 +24,14 @@ enum Flags : long {
   kPreserveRngState = 1,
   kEarlyStop = 2,
   kCheckDeterminism = 4,
+  kCheckRng = 8,
 };
 
 SegmentOptions options_of(long flags) {
   return {.preserve_rng_state = (flags & kPreserveRngState) != 0,
           .early_stop = (flags & kEarlyStop) != 0,
-          .check_determinism = (flags & kCheckDeterminism) != 0};
+          .check_determinism = (flags & kCheckDeterminism) != 0,
+          .check_rng = (flags & kCheckRng) != 0};
 }
 
 // As the with statement does, the type is asked: a class that was not called
@@ -79,11 +82,24 @@ class ForwardTimer {
   std::chrono::steady_clock::time_point start_;
 };
 
-// run_segment(function, args, kwargs, flags, context_fn or None, debug_session or None)
+// The explicit generators of a call: in the arguments (found already), in reach of
+// the function, or given by the user (`given`: a tuple or None).
+void complete_generators(PyObject* function, PyObject* given,
+                         std::vector<at::Generator>& generators) {
+  find_generators(function, generators);
+  if (given != Py_None) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
+      generators.push_back(*as_generator(PyTuple_GET_ITEM(given, i)));
+    }
+  }
+}
+
+// run_segment(function, args, kwargs, flags, context_fn or None, debug_session or None,
+//             generators: a tuple or None)
 PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   HANDLE_TH_ERRORS
-  if (argc != 6) {
-    PyErr_Format(PyExc_TypeError, "run_segment takes 6 arguments, got %zd", argc);
+  if (argc != 7) {
+    PyErr_Format(PyExc_TypeError, "run_segment takes 7 arguments, got %zd", argc);
     return nullptr;
   }
   PyObject* function = argv[0];
@@ -104,9 +120,16 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     std::tie(forward_context, replay_context) = make_contexts(argv[4]);
   }
   std::vector<at::Tensor> inputs;
-  auto program = std::make_unique<PythonProgram>(function, args, kwargs, replay_context.get(),
-                                                 argv[5] == Py_None ? nullptr : argv[5], inputs);
-  auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth());
+  std::vector<at::Generator> generators;
+  auto program =
+      std::make_unique<PythonProgram>(function, args, kwargs, replay_context.get(),
+                                      argv[5] == Py_None ? nullptr : argv[5], inputs, generators);
+  if ((flags & kPreserveRngState) != 0) {
+    complete_generators(function, argv[6], generators);
+  }
+  auto segment =
+      Segment::begin(std::move(program), inputs, options_of(flags), current_depth(), generators);
+  generators.clear();
   inputs.clear();
   bool suppressed = false;
   Ref result;
@@ -129,11 +152,11 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   END_HANDLE_TH_ERRORS
 }
 
-// run_reentrant(function, args, kwargs, flags)
+// run_reentrant(function, args, kwargs, flags, generators: a tuple or None)
 PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   HANDLE_TH_ERRORS
-  if (argc != 4) {
-    PyErr_Format(PyExc_TypeError, "run_reentrant takes 4 arguments, got %zd", argc);
+  if (argc != 5) {
+    PyErr_Format(PyExc_TypeError, "run_reentrant takes 5 arguments, got %zd", argc);
     return nullptr;
   }
   PyObject* function = argv[0];
@@ -144,7 +167,9 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     return PyObject_Call(function, args, kwargs);
   }
   std::vector<at::Tensor> inputs;
-  auto program = std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs);
+  std::vector<at::Generator> generators;
+  auto program =
+      std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs, generators);
   bool any_requires_grad = false;
   for (const auto& input : inputs) {
     any_requires_grad |= input.requires_grad();
@@ -160,7 +185,12 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     const c10::AutoGradMode no_grad(false);
     return PyObject_Call(function, args, kwargs);
   }
-  auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth());
+  if ((flags & kPreserveRngState) != 0) {
+    complete_generators(function, argv[4], generators);
+  }
+  auto segment =
+      Segment::begin(std::move(program), inputs, options_of(flags), current_depth(), generators);
+  generators.clear();
   if (segment->row()) {
     auto lock = Ledger::get().lock_rows();
     segment->row()->reentrant = true;
@@ -212,6 +242,7 @@ void bind_segment(py::module_& module) {
   module.attr("PRESERVE_RNG_STATE") = static_cast<long>(kPreserveRngState);
   module.attr("EARLY_STOP") = static_cast<long>(kEarlyStop);
   module.attr("CHECK_DETERMINISM") = static_cast<long>(kCheckDeterminism);
+  module.attr("CHECK_RNG") = static_cast<long>(kCheckRng);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });
   module.def("set_internal_paths",

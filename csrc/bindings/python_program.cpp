@@ -68,13 +68,14 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
 
 PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs,
                              PyObject* replay_context, PyObject* debug_session,
-                             std::vector<at::Tensor>& inputs)
+                             std::vector<at::Tensor>& inputs,
+                             std::vector<at::Generator>& generators)
     : function_(Ref::borrow(function)),
       replay_context_(Ref::borrow(replay_context)),
       debug_session_(Ref::borrow(debug_session)) {
-  args_.emplace(args, inputs);
+  args_.emplace(args, inputs, &generators);
   if (kwargs != nullptr && PyDict_GET_SIZE(kwargs) > 0) {
-    kwargs_.emplace(kwargs, inputs);
+    kwargs_.emplace(kwargs, inputs, &generators);
   }
 }
 
@@ -109,17 +110,21 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
                          suppressed);
 }
 
-void PythonProgram::run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) {
+Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
+                                    const std::atomic<bool>& stopped) {
   WithInterpreter lock;
   bool suppressed = false;
   Ref result = call(std::move(inputs), &suppressed);
+  const bool stop = stopped.load(std::memory_order_relaxed);
   if (result || suppressed) {
-    return;
+    return stop ? Outcome::kWentOnAfterStop : Outcome::kFinished;
   }
-  if (stopped.load(std::memory_order_relaxed) && (PyErr_ExceptionMatches(early_stop_type()) != 0 ||
-                                                  PyErr_ExceptionMatches(PyExc_Exception) != 0)) {
-    PyErr_Clear();
-    return;
+  if (stop) {
+    const bool untouched = PyErr_ExceptionMatches(early_stop_type()) != 0;
+    if (untouched || PyErr_ExceptionMatches(PyExc_Exception) != 0) {
+      PyErr_Clear();
+      return untouched ? Outcome::kStopped : Outcome::kWentOnAfterStop;
+    }
   }
   throw_python_error();
 }

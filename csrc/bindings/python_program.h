@@ -16,16 +16,18 @@ namespace reprise::bindings {
 
 class PythonProgram final : public Program {
  public:
-  // With the interpreter lock. Appends the tensor arguments to `inputs`.
+  // With the interpreter lock. Appends the tensor arguments to `inputs` and the
+  // generator arguments to `generators`.
   // `replay_context`: entered around each replay, or null.
   // `debug_session`: a torch_reprise.debug session, or null.
   PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs, PyObject* replay_context,
-                PyObject* debug_session, std::vector<at::Tensor>& inputs);
+                PyObject* debug_session, std::vector<at::Tensor>& inputs,
+                std::vector<at::Generator>& generators);
   // From any thread; takes the interpreter lock. After the interpreter is gone
   // the references are leaked, there being nobody to give them back to.
   ~PythonProgram() override;
 
-  void run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) override;
+  Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) override;
   std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) override;
   std::string name() const override;
   std::string explain_mismatch() const override;

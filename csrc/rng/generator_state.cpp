@@ -1,5 +1,6 @@
 #include "rng/generator_state.h"
 
+#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/MT19937RNGEngine.h>
 #include <c10/util/Exception.h>
@@ -50,6 +51,28 @@ bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
 // shares it.
 thread_local std::shared_ptr<const Mt19937State> t_last_engine;
 
+// Not cryptographic: it tells states of one generator apart, of which a program
+// meets few.
+uint64_t hash_bytes(const void* data, size_t size) {
+  const auto* bytes = static_cast<const unsigned char*>(data);
+  uint64_t hash = 0x9e3779b97f4a7c15ull ^ size;
+  for (; size >= 8; size -= 8, bytes += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes, 8);
+    hash = (hash ^ word) * 0xff51afd7ed558ccdull;
+    hash ^= hash >> 32;
+  }
+  for (; size > 0; --size, ++bytes) {
+    hash = (hash ^ *bytes) * 0xff51afd7ed558ccdull;
+  }
+  return hash;
+}
+
+template <typename T>
+uint64_t hash_optional(const std::optional<T>& value) {
+  return value.has_value() ? hash_bytes(&*value, sizeof(T)) : 0;
+}
+
 }  // namespace
 
 GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
@@ -92,6 +115,14 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
       state.opaque_ = at::Tensor(impl->get_state());
       break;
   }
+  return state;
+}
+
+GeneratorState GeneratorState::philox(uint64_t seed, uint64_t offset) {
+  GeneratorState state;
+  state.kind_ = Kind::kPhilox;
+  state.seed_ = seed;
+  state.offset_ = offset;
   return state;
 }
 
@@ -154,6 +185,54 @@ bool GeneratorState::operator==(const GeneratorState& other) const {
   return false;
 }
 
+at::Tensor GeneratorState::to_tensor() const {
+  switch (kind_) {
+    case Kind::kMt19937: {
+      auto generator = at::detail::createCPUGenerator();
+      apply(generator);
+      return generator.get_state();
+    }
+    case Kind::kPhilox: {
+      // CUDA, XPU and MPS agree: seed, then offset, as 64-bit integers.
+      auto tensor = at::empty({16}, at::kByte);
+      auto* bytes = static_cast<uint8_t*>(tensor.mutable_data_ptr());
+      std::memcpy(bytes, &seed_, 8);
+      std::memcpy(bytes + 8, &offset_, 8);
+      return tensor;
+    }
+    case Kind::kOpaque:
+      return opaque_.clone();
+  }
+  return at::Tensor();
+}
+
+GeneratorState GeneratorState::from_tensor(const at::Generator& generator,
+                                           const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == at::kByte && tensor.device().is_cpu() && tensor.is_contiguous(),
+      "a generator state must be a contiguous byte tensor on the CPU, got ", tensor.scalar_type(),
+      " on ", tensor.device());
+  GeneratorState state;
+  state.kind_ = kind_of(generator);
+  switch (state.kind_) {
+    case Kind::kMt19937: {
+      auto scratch = at::detail::createCPUGenerator();
+      scratch.set_state(tensor);  // checks size and contents
+      return capture(scratch);
+    }
+    case Kind::kPhilox:
+      TORCH_CHECK_VALUE(tensor.numel() == 16, "a state of a ", generator.device().type(),
+                        " generator has 16 bytes, got ", tensor.numel());
+      std::memcpy(&state.seed_, tensor.const_data_ptr(), 8);
+      std::memcpy(&state.offset_, static_cast<const uint8_t*>(tensor.const_data_ptr()) + 8, 8);
+      break;
+    case Kind::kOpaque:
+      state.opaque_ = tensor.clone();
+      break;
+  }
+  return state;
+}
+
 size_t GeneratorState::nbytes() const {
   switch (kind_) {
     case Kind::kMt19937:
@@ -176,6 +255,89 @@ const void* GeneratorState::address() const {
       return opaque_.unsafeGetTensorImpl();
   }
   return this;
+}
+
+std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) const {
+  if (kind_ != mark.kind_ || kind_ == Kind::kOpaque) {
+    return std::nullopt;
+  }
+  if (kind_ == Kind::kPhilox) {
+    return seed_ == mark.seed_ && mark.position_ >= offset_
+               ? std::optional<uint64_t>(mark.position_ - offset_)
+               : std::nullopt;
+  }
+  // Goes through the blocks: a microsecond for each 624 draws, in an error only.
+  constexpr uint64_t kMostBlocks = 100'000;
+  at::mt19937_data_pod data = engine_->engine;
+  const uint64_t begin = data.left_ == 1 ? 624 : data.next_;
+  uint64_t draws = 0;
+  for (uint64_t block = 0; block < kMostBlocks; ++block) {
+    const uint64_t first = block == 0 ? begin : 0;
+    if (hash_bytes(data.state_.data(), sizeof(data.state_)) == mark.block_ &&
+        mark.position_ >= first) {
+      return draws + mark.position_ - first;
+    }
+    draws += 624 - first;
+    at::mt19937 engine;
+    data.left_ = 1;
+    engine.set_data(data);
+    engine();  // makes the next block
+    data = engine.data();
+  }
+  return std::nullopt;
+}
+
+GeneratorMark GeneratorMark::of(const at::Generator& generator) {
+  GeneratorMark mark;
+  mark.kind_ = GeneratorState::kind_of(generator);
+  auto* impl = generator.unsafeGetGeneratorImpl();
+  std::lock_guard<std::mutex> lock(impl->mutex_);
+  switch (mark.kind_) {
+    case GeneratorState::Kind::kMt19937: {
+      auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
+      const at::mt19937_data_pod engine = cpu.engine().data();
+      mark.seed_ = engine.seed_;
+      // A fresh block is made when the words of the last one are used up.
+      mark.position_ = engine.left_ == 1 ? 624 : engine.next_;
+      mark.block_ = hash_bytes(engine.state_.data(), sizeof(engine.state_));
+      mark.cached_ = hash_optional(cpu.next_float_normal_sample()) +
+                     3 * hash_optional(cpu.next_double_normal_sample());
+      break;
+    }
+    case GeneratorState::Kind::kPhilox:
+      mark.seed_ = impl->current_seed();
+      mark.position_ = impl->get_offset();
+      break;
+    case GeneratorState::Kind::kOpaque: {
+      const at::Tensor state(impl->get_state());
+      mark.block_ = hash_bytes(state.const_data_ptr(), state.nbytes());
+      break;
+    }
+  }
+  return mark;
+}
+
+bool GeneratorMark::operator==(const GeneratorMark& other) const {
+  return kind_ == other.kind_ && seed_ == other.seed_ && position_ == other.position_ &&
+         block_ == other.block_ && cached_ == other.cached_;
+}
+
+bool GeneratorMark::is_beyond(const GeneratorMark& other) const {
+  return kind_ == other.kind_ && kind_ != GeneratorState::Kind::kOpaque && seed_ == other.seed_ &&
+         block_ == other.block_ && position_ > other.position_;
+}
+
+std::string GeneratorMark::describe() const {
+  switch (kind_) {
+    case GeneratorState::Kind::kMt19937:
+      return c10::str("seed ", seed_, ", word ", position_, " of 624 in block ", block_ >> 40,
+                      cached_ != 0 ? ", a normal sample left over" : "");
+    case GeneratorState::Kind::kPhilox:
+      return c10::str("seed ", seed_, ", offset ", position_);
+    case GeneratorState::Kind::kOpaque:
+      return c10::str("state ", block_ >> 32);
+  }
+  return {};
 }
 
 std::string GeneratorState::describe() const {

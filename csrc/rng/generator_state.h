@@ -16,11 +16,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 namespace reprise {
 
 struct Mt19937State;  // immutable once made, shared between segments
+
+class GeneratorMark;
 
 class GeneratorState {
  public:
@@ -34,6 +37,8 @@ class GeneratorState {
   // Consecutive captures of a CPU generator that did not move in between give
   // states that share their memory.
   static GeneratorState capture(const at::Generator& generator);
+  // A state that was never captured but is known.
+  static GeneratorState philox(uint64_t seed, uint64_t offset);
   void apply(at::Generator& generator) const;
 
   // Does `generator` stand where this state was captured? Cheaper than a
@@ -42,12 +47,19 @@ class GeneratorState {
 
   bool operator==(const GeneratorState& other) const;
 
+  // torch's own form of a state: what get_state() of such a generator returns.
+  at::Tensor to_tensor() const;
+  static GeneratorState from_tensor(const at::Generator& generator, const at::Tensor& tensor);
+
   Kind kind() const { return kind_; }
   // Bytes this state keeps alive; the same address() means the same bytes.
   size_t nbytes() const;
   const void* address() const;
   // "seed 3, offset 12", for messages.
   std::string describe() const;
+  // How far it is from here to `mark`: 32-bit words of mt19937, Philox offsets.
+  // None if the mark is not ahead, is very far, or the state is opaque.
+  std::optional<uint64_t> draws_until(const GeneratorMark& mark) const;
 
  private:
   Kind kind_ = Kind::kPhilox;
@@ -55,6 +67,28 @@ class GeneratorState {
   uint64_t offset_ = 0;                         // philox
   std::shared_ptr<const Mt19937State> engine_;  // mt19937: strong, shared
   at::Tensor opaque_;                           // opaque: strong
+};
+
+// Where a generator stands, to be compared and told but not restored: what a
+// replay is checked against. 40 bytes for every kind.
+class GeneratorMark {
+ public:
+  static GeneratorMark of(const at::Generator& generator);
+
+  bool operator==(const GeneratorMark& other) const;
+  // Is this further on than `other`? Unknown for opaque states, after a new
+  // seed, and for mt19937 unless both stand in the same block of 624 words.
+  bool is_beyond(const GeneratorMark& other) const;
+  std::string describe() const;
+
+ private:
+  friend class GeneratorState;
+
+  GeneratorState::Kind kind_ = GeneratorState::Kind::kPhilox;
+  uint64_t seed_ = 0;
+  uint64_t position_ = 0;  // philox: offset; mt19937: word of the block
+  uint64_t block_ = 0;     // mt19937: hash of the 624 words; opaque: of all bytes
+  uint64_t cached_ = 0;    // mt19937: hash of the cached normal samples
 };
 
 }  // namespace reprise

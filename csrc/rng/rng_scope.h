@@ -2,6 +2,8 @@
 #pragma once
 
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "rng/generator_lease.h"
 #include "rng/rng_snapshot.h"
@@ -13,7 +15,7 @@ class RngScope {
   // `stash` holds the states to rewind to: the generators that the forward
   // moved. Every default generator is noted, not only those, since a replay
   // that draws where the forward did not must not move the program's numbers.
-  RngScope(RngSnapshot& stash, bool enabled) : enabled_(enabled) {
+  RngScope(RngSnapshot& stash, bool enabled) : stash_(stash), enabled_(enabled) {
     if (!enabled_) {
       return;
     }
@@ -21,20 +23,42 @@ class RngScope {
       lease_.emplace();  // before anything is noted: see Note [Turns]
     }
     turns_ = GeneratorLease::turns();
-    outer_ = RngSnapshot::capture_defaults();
+    outer_ = RngSnapshot::capture_defaults(stash.generators());
     stash.apply();
   }
-  ~RngScope() {
-    if (enabled_ && (lease_.has_value() || GeneratorLease::undisturbed_since(turns_))) {
-      outer_.restore_moved();
-    }
-  }
+  ~RngScope() { put_back(); }
   RngScope(const RngScope&) = delete;
   RngScope& operator=(const RngScope&) = delete;
 
+  // Compares where the generators are with where the forward left them, puts
+  // them back, and tells what differs; empty if nothing does. The replay has
+  // ended, early or not.
+  std::string put_back_and_compare(bool stopped_early) {
+    if (!enabled_) {
+      return {};
+    }
+    std::string text = stash_.divergence(stopped_early);
+    for (const auto& name : put_back()) {
+      text += (text.empty() ? "generator " : "\n  generator ") + name +
+              "\n    the forward did not draw from it, the replay did";
+    }
+    return text;
+  }
+
  private:
+  std::vector<std::string> put_back() {
+    std::vector<std::string> unexpected;
+    if (enabled_ && (lease_.has_value() || GeneratorLease::undisturbed_since(turns_))) {
+      unexpected = outer_.restore_moved(&stash_);
+    }
+    enabled_ = false;
+    lease_.reset();
+    return unexpected;
+  }
+
+  RngSnapshot& stash_;
   bool enabled_;
-  std::optional<GeneratorLease> lease_;  // given back last
+  std::optional<GeneratorLease> lease_;
   uint64_t turns_ = 0;
   RngSnapshot outer_;
 };

@@ -1,15 +1,18 @@
 // Where a set of generators stands at one moment.
 //
 // Which generators: the default generator of the CPU and of every device of
-// every accelerator that is initialised, wherever the tensors are. A device
-// that nobody has touched has no state worth keeping, and asking for it would
-// initialise it.
+// every accelerator that is initialised, wherever the tensors are, and the
+// explicit ones that a segment's function can reach. A device that nobody has
+// touched has no state worth keeping, and asking for it would initialise it; if
+// the forward touches it first, add_newcomers() tells what its state was.
 #pragma once
 
 #include <ATen/core/Generator.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -31,31 +34,56 @@ void set_initialised_query(InitialisedQuery query);
 // What the hooks interface says: for backends that have no flag of their own.
 bool accelerator_has_context(c10::DeviceType type);
 
-// "cpu", "cuda:3": how a default generator is called in tables and messages.
+// "cpu", "cuda:3", "explicit cuda:3": how a generator is called in tables and
+// messages.
 std::string generator_name(const at::Generator& generator);
 
 class RngSnapshot {
  public:
-  static RngSnapshot capture_defaults();
+  using Generators = c10::ArrayRef<at::Generator>;
 
-  // Leaves out the generators that still stand where they were captured.
+  // The default generators, and `others` (explicit torch.Generator objects).
+  // Each once, however often it is named.
+  static RngSnapshot capture_defaults(Generators others = {});
+  // Only `generators`.
+  static RngSnapshot capture(Generators generators);
+
+  // --- a segment's stash ---
+  // Leaves out the generators that still stand where they were captured, and
+  // notes where the others stand now: a replay must end there.
   void keep_only_moved();
-  // Puts back the generators that do not stand where they were captured.
-  void restore_moved();
+  // After keep_only_moved: generators that exist now and did not when this was
+  // captured, and that moved since. A Philox generator began at offset 0 with
+  // the seed it has; of others nothing is known: their names are returned.
+  std::vector<std::string> add_newcomers(const c10::SmallVectorImpl<at::Generator>& known_before);
+  // The first generator that does not stand where the forward left it, in words;
+  // empty if there is none. `stopped_early`: it may stand before that, not beyond.
+  std::string divergence(bool stopped_early) const;
+
+  // --- restoring ---
+  // Puts back the generators that do not stand where they were captured, and
+  // returns the names of those that are not in `expected`.
+  std::vector<std::string> restore_moved(const RngSnapshot* expected = nullptr);
   // Puts every generator where it was captured.
   void apply();
 
+  bool contains(const at::Generator& generator) const;
   bool empty() const { return entries_.empty(); }
   size_t size() const { return entries_.size(); }
   void clear() { entries_.clear(); }
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.
   size_t nbytes(std::unordered_set<const void*>& seen) const;
   std::vector<std::string> names() const;
+  c10::SmallVector<at::Generator, 2> generators() const;
+  const GeneratorState& state(size_t index) const { return entries_[index].state; }
+  const at::Generator& generator(size_t index) const { return entries_[index].generator; }
+  void add(at::Generator generator, GeneratorState state);
 
  private:
   struct Entry {
-    at::Generator generator;  // strong
-    GeneratorState state;
+    at::Generator generator;           // strong
+    GeneratorState state;              // where it was captured
+    std::optional<GeneratorMark> end;  // where the forward left it, once that is over
   };
   // One entry inline: most programs have the CPU alone, most stashes one device.
   c10::SmallVector<Entry, 1> entries_;

@@ -107,18 +107,27 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     }
   }
   std::vector<at::Tensor> outputs;
+  std::string rng_differs;
   {
     const ReplayMark replaying;
     RngScope generators(segment->stash(), segment->options().preserve_rng_state);
     AmbientScope ambient(segment->ambient());
     c10::AutoGradMode gradients(true);
     outputs = segment->program().run_for_outputs(std::move(inputs));
+    if (segment->options().check_rng) {
+      rng_differs = generators.put_back_and_compare(/*stopped_early=*/false);
+    }
   }
   if (segment->row()) {
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     auto rows = Ledger::get().lock_rows();
     segment->row()->replay_seconds += elapsed.count();
     ++segment->row()->replays;
+  }
+  if (!rng_differs.empty()) {
+    host().throw_checkpoint_error(c10::str("torch_reprise: the replay of ", segment->name(),
+                                           " draws other random numbers than its forward did.\n  ",
+                                           rng_differs));
   }
   if (outputs.size() != grads.size()) {
     host().throw_checkpoint_error(

@@ -54,6 +54,7 @@ void Replay::run(Segment& segment) {
   // First, and outside of every scope: an input may be a slot of an enclosing
   // segment, whose replay has an environment of its own.
   std::vector<at::Tensor> inputs = segment.unpack_inputs();
+  std::string rng_differs;
   {
     const ReplayMark replaying;
     RngScope generators(segment.stash(), segment.options().preserve_rng_state);
@@ -62,9 +63,16 @@ void Replay::run(Segment& segment) {
     compat::HookScope hooks(host().make_hook_pair(
         c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
                                             c10::intrusive_ptr<Replay>::reclaim_copy(this))));
-    segment.program().run(std::move(inputs), stopped_);
+    const auto outcome = segment.program().run(std::move(inputs), stopped_);
+    if (segment.options().check_rng && outcome != Program::Outcome::kWentOnAfterStop) {
+      rng_differs = generators.put_back_and_compare(outcome == Program::Outcome::kStopped);
+    }
   }
   check(segment);
+  if (!rng_differs.empty()) {
+    fail(segment, "the replay of " + segment.name() +
+                      " draws other random numbers than its forward did.\n  " + rng_differs);
+  }
 }
 
 void Replay::start(const Segment& segment, std::optional<uint32_t> only) {

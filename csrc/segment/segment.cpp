@@ -21,7 +21,8 @@ namespace ag = torch::autograd;
 
 c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
                                            const std::vector<at::Tensor>& inputs,
-                                           SegmentOptions options, int depth) {
+                                           SegmentOptions options, int depth,
+                                           RngSnapshot::Generators generators) {
   auto segment = c10::intrusive_ptr<Segment>::make();
   segment->program_ = std::move(program);
   segment->options_ = options;
@@ -52,7 +53,8 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->ambient_ = AmbientState::capture();
   if (options.preserve_rng_state) {
-    segment->stash_ = RngSnapshot::capture_defaults();
+    segment->stash_ = RngSnapshot::capture_defaults(generators);
+    segment->known_generators_ = segment->stash_.generators();
   }
   return segment;
 }
@@ -78,6 +80,17 @@ void Segment::drop() noexcept {
 void Segment::end_forward() {
   RngSnapshot moved = stash_;
   moved.keep_only_moved();
+  if (options_.preserve_rng_state) {
+    const auto unknown = moved.add_newcomers(known_generators_);
+    if (!unknown.empty()) {
+      host().throw_checkpoint_error(
+          c10::str("torch_reprise: ", name(), " is the first to use the device ", unknown.front(),
+                   ", whose generator has a state of its own kind, so that what it was before "
+                   "cannot be told. Use the device once before the checkpoint (any tensor on it "
+                   "will do), or pass preserve_rng_state=False."));
+    }
+    known_generators_.clear();
+  }
   uint64_t bytes = 0;
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -64,7 +64,8 @@ class Program {
   // it returns. `stopped` tells whether early stop was raised: whatever fn makes
   // of that exception (lets it through, swallows it, turns it into another) the
   // replay has what it came for. Throws what fn raises otherwise.
-  virtual void run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) = 0;
+  enum class Outcome : uint8_t { kFinished, kStopped, kWentOnAfterStop };
+  virtual Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) = 0;
 
   // The same, to the end, and returns the tensors among the outputs in order.
   virtual std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) = 0;
@@ -79,20 +80,25 @@ class Program {
 struct SegmentOptions {
   bool preserve_rng_state = true;
   bool early_stop = true;
-  bool check_determinism = true;
+  bool check_determinism = true;  // shapes, dtypes, devices
+  bool check_rng = true;          // where the replay leaves the generators
 };
 
 class Segment final : public c10::intrusive_ptr_target {
  public:
+  // `generators`: explicit ones that fn may draw from.
   // Saves the inputs (through the hooks that are in force outside the segment,
   // so that the user's hooks and an enclosing segment see them) and notes the
   // ambient state and the generators. `depth`: segments around this one.
   static c10::intrusive_ptr<Segment> begin(std::unique_ptr<Program> program,
                                            const std::vector<at::Tensor>& inputs,
-                                           SegmentOptions options, int depth);
+                                           SegmentOptions options, int depth,
+                                           RngSnapshot::Generators generators = {});
   ~Segment() override;
 
-  // The forward is over and fn returned. Not called when fn raised.
+  // The forward is over and fn returned. Not called when fn raised. Throws
+  // CheckpointError if fn was the first to use a device whose generator's state
+  // before that cannot be known.
   void end_forward();
 
   // --- called through SlotHooks, from any thread, without the interpreter lock ---
@@ -151,6 +157,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.
   RngSnapshot stash_;
+  c10::SmallVector<at::Generator, 2> known_generators_;  // at entry; cleared with the forward
 
   // The tensor arguments. Guarded by inputs_mutex_: unpacking may run hooks and
   // enclosing replays, so mutex_ would be held too long.

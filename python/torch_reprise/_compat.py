@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
+from . import _C
+
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
@@ -41,52 +43,93 @@ def is_selective(context: object) -> bool:
     return isinstance(context, torch_checkpoint._CachingTorchDispatchMode)
 
 
-class _PackedEntry:
-    """What selective checkpointing keeps of one tensor, packed by the user's hooks.
+class _Entry:
+    """What selective checkpointing keeps of one tensor, with what we add to it.
 
-    Stands in for torch 2.13's ``_VersionWrapper``, of which only ``get_val`` is
-    called.
+    Stands in for torch's ``_VersionWrapper``, of which only ``get_val`` is called
+    (2.13 and 2.14).
     """
 
-    def __init__(self, entry: Any, hooks: Hooks) -> None:
-        self._packed = hooks[0](entry.val)
-        self._unpack = hooks[1]
+    def __init__(self, inner: Any, hooks: Hooks | None, after: Any) -> None:
+        self._inner = inner
+        self._after = after
+        self._unpack: Callable[[Any], torch.Tensor] | None = None
+        if hooks is not None:
+            self._packed = hooks[0](inner.val)
+            self._unpack = hooks[1]
+            self._inner = None
 
-    def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
-        return self._unpack(self._packed)
+    def get_val(self, allow_cache_entry_mutation: bool) -> Any:
+        if self._after is not None:
+            self._after.restore()
+        if self._unpack is not None:
+            return self._unpack(self._packed)
+        return self._inner.get_val(allow_cache_entry_mutation)
 
 
-class _PackingStorage(dict[int, Any]):
-    """The per-operator dict of selective checkpointing; packs what is put in."""
+class _Additions:
+    """Shared by the policy and the storage of one forward: what the next entries get."""
 
-    def __init__(self, hooks: Hooks) -> None:
+    def __init__(self, hooks: Hooks | None) -> None:
+        self.hooks = hooks
+        self.after: Any = None
+
+
+class _Storage(dict[int, Any]):
+    """The per-operator dict of selective checkpointing; adds to what is put in."""
+
+    def __init__(self, additions: _Additions) -> None:
         super().__init__()
-        self._hooks = hooks
+        self._additions = additions
 
     def __setitem__(self, index: int, value: Any) -> None:
-        def pack(entry: Any) -> Any:
-            if isinstance(getattr(entry, "val", None), torch.Tensor):
-                return _PackedEntry(entry, self._hooks)
-            return entry
+        hooks, after = self._additions.hooks, self._additions.after
 
-        super().__setitem__(index, torch.utils._pytree.tree_map(pack, value))
+        def wrap(entry: Any) -> Any:
+            if not hasattr(entry, "get_val"):
+                return entry
+            pack = hooks if isinstance(entry.val, torch.Tensor) else None
+            return _Entry(entry, pack, after) if pack is not None or after is not None else entry
+
+        super().__setitem__(index, torch.utils._pytree.tree_map(wrap, value))
 
 
-def respect_hooks(context: object, respect: bool | None) -> None:
-    """Routes what selective checkpointing saves through the user's hooks, or not.
+def support_selective(context: object, respect: bool | None, preserve_rng_state: bool) -> None:
+    """Makes a forward context of selective checkpointing do two more things.
 
-    torch >= 2.14 has this in its own mode object, as an attribute. torch 2.13
-    does not: there the mode's storage (a ``defaultdict`` of dicts, filled by
-    operator) gets dicts that pack what is put into them.
+    Saved outputs go through the user's saved-tensor hooks, if ``respect``; torch
+    2.14 has this in its own mode object, as an attribute, 2.13 does not.
+
+    And an operator whose output is served from the cache leaves the generators
+    where it left them in the forward, so that later draws of the replay are
+    those of the forward. torch 2.13 and 2.14 call the mode's ``policy_fn`` right
+    after the operator ran and right before its output is put into ``storage``, a
+    ``defaultdict`` of dicts by operator.
     """
     if not is_selective(context):
         return
-    if hasattr(context, "respect_saved_tensors_hooks"):
-        context.respect_saved_tensors_hooks = respect
-        return
-    hooks = user_hooks()
-    if not respect or hooks is None:
-        return
-    storage: defaultdict[Any, Any] = context.storage  # type: ignore[attr-defined]
-    found = hooks
-    storage.default_factory = lambda: _PackingStorage(found)
+    mode: Any = context
+    hooks = None
+    if hasattr(mode, "respect_saved_tensors_hooks"):
+        mode.respect_saved_tensors_hooks = respect
+    elif respect:
+        hooks = user_hooks()
+    additions = _Additions(hooks)
+    if preserve_rng_state:
+        policy = mode.policy_fn
+
+        def noting(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+            tags = getattr(operator, "tags", ())
+            draws = torch.Tag.nondeterministic_seeded in tags
+            additions.after = rng_snapshot(args, kwargs) if draws else None
+            return policy(ctx, operator, *args, **kwargs)
+
+        mode.policy_fn = noting
+    storage: defaultdict[Any, Any] = mode.storage
+    storage.default_factory = lambda: _Storage(additions)
+
+
+def rng_snapshot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The default generators and those among an operator's arguments, where they are now."""
+    explicit = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)]
+    return _C.RngSnapshot.capture([*_C.default_generators(), *explicit])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 
@@ -35,3 +37,20 @@ def require_optional_bool(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} must be True, False or None, got {type(value).__name__}: {value!r:.100}"
         )
+
+
+def require_generators(name: str, value: Any) -> tuple[torch.Generator, ...]:
+    if isinstance(value, torch.Generator):
+        value = (value,)
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"{name} must be torch.Generator objects, got {type(value).__name__}: {value!r:.100}"
+        )
+    found = tuple(value)
+    for position, generator in enumerate(found):
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"{name}[{position}] must be a torch.Generator, got "
+                f"{type(generator).__name__}: {generator!r:.100}"
+            )
+    return found

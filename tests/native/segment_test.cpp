@@ -25,12 +25,14 @@ using Function = std::function<Tensors(const Tensors&)>;
 class FunctionProgram final : public reprise::Program {
  public:
   explicit FunctionProgram(Function function) : function_(std::move(function)) {}
-  void run(Tensors inputs, const std::atomic<bool>& stopped) override {
+  Outcome run(Tensors inputs, const std::atomic<bool>& stopped) override {
     try {
       function_(inputs);
     } catch (const EarlyStop&) {
       EXPECT(stopped.load());
+      return Outcome::kStopped;
     }
+    return Outcome::kFinished;
   }
   Tensors run_for_outputs(Tensors inputs) override { return function_(inputs); }
   std::string name() const override { return "function"; }
