@@ -25,8 +25,9 @@ TORCH_STAMP := $(STAMPS)/torch-$(TORCH)
 # What makes an editable install stale. Folders are in the list because adding or removing a file
 # changes nothing else; Python files are not, because they are read where they lie.
 BUILD_INPUTS := CMakeLists.txt pyproject.toml \
-  $(shell find cmake csrc tests/native -type d -o -type f -not -name '*.swp' 2>/dev/null)
-FORMATTED = $(shell find csrc tests/native -type f \
+  $(shell find cmake csrc tests/native -type d -o -type f -not -name '*.swp' 2>/dev/null) \
+  $(wildcard tests/devices/*.h tests/devices/*.cpp) tests/devices/CMakeLists.txt
+FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DELETE_ON_ERROR:
@@ -67,7 +68,8 @@ test-native: build
 
 # After the native tests also under make -j: two sets of threads on the same cores help nobody.
 test-python: build | test-native
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
+	  $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # mypy reads torch's own annotations, so torch has to be there; the extension has not.
 lint: $(TORCH_STAMP)

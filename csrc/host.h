@@ -56,6 +56,13 @@ class Host {
   virtual void* release_interpreter() noexcept = 0;
   virtual void reacquire_interpreter(void* token) noexcept = 0;
 
+  // Will the end of this GraphExecGroup be told to end_group()?
+  virtual bool reports_its_end(PyObject* group) noexcept = 0;
+
+  // Is no other thread running user code? Then nobody else can have drawn from a
+  // generator that the whole process shares.
+  virtual bool is_alone() noexcept = 0;
+
   // Ends a replay from inside an operator. The exception passes through user
   // code, so it is one that `except Exception` does not catch.
   [[noreturn]] virtual void throw_early_stop() = 0;

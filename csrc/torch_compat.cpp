@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <memory>
+#include <type_traits>
 #include <unordered_set>
 
 #include "segment/recorder.h"
@@ -137,6 +138,16 @@ HookScope::~HookScope() {
   }
 }
 
+bool user_hooks_in_force() {
+  const auto& pairs = OpenStack::container(at::SavedTensorDefaultHooks::get_tls_state().stack);
+  for (const auto& pair : pairs) {
+    if (host().recorder_of(raw(pair.first)) == nullptr) {
+      return true;
+    }
+  }
+  return false;
+}
+
 bool inside_functorch() {
   // functorch includes this key while its stack of transforms is not empty. Its
   // own header would say so more directly, but needs a library torch does not ship.
@@ -211,8 +222,23 @@ bool graph_task_is_restricted() {
   return exec_info != nullptr && !exec_info->empty();
 }
 
+namespace {
+thread_local const void* t_wanted_leaves = nullptr;
+using ExecInfo = std::remove_pointer_t<decltype(ag::get_current_graph_task_exec_info())>;
+}  // namespace
+
+const void* wanted_leaves() {
+  return t_wanted_leaves != nullptr ? t_wanted_leaves : ag::get_current_graph_task_exec_info();
+}
+
+WantedLeaves::WantedLeaves(const void* wanted) : outer_(t_wanted_leaves) {
+  t_wanted_leaves = wanted;
+}
+
+WantedLeaves::~WantedLeaves() { t_wanted_leaves = outer_; }
+
 bool graph_task_wants_leaf(ag::Node* grad_accumulator) {
-  const auto* exec_info = ag::get_current_graph_task_exec_info();
+  const auto* exec_info = static_cast<const ExecInfo*>(wanted_leaves());
   if (exec_info == nullptr) {
     return false;
   }
@@ -265,6 +291,13 @@ at::Tensor values_of(const at::Tensor& tensor) {
   if (!tensor.requires_grad()) {
     return tensor;
   }
+  if (!is_plain(tensor)) {
+    return tensor.detach();
+  }
+  return alias_of(tensor);
+}
+
+at::Tensor alias_of(const at::Tensor& tensor) {
   if (!is_plain(tensor)) {
     return tensor.detach();
   }

@@ -9,6 +9,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/SafePyObject.h>
 #include <c10/util/python_stub.h>
 #include <torch/csrc/autograd/function.h>
@@ -78,6 +79,9 @@ PyObject* top_pack_hook() noexcept;
 // disable_saved_tensors_hooks, or functorch's), or null.
 const std::string* hooks_disabled_message();
 
+// Are there saved-tensor hooks on this thread's stack that are not ours?
+bool user_hooks_in_force();
+
 // Is a torch.func transform (grad, vmap, ...) active on this thread?
 bool inside_functorch();
 
@@ -116,8 +120,37 @@ std::string current_node_name();
 
 // Is this backward call restricted to some inputs (autograd.grad, inputs=)?
 bool graph_task_is_restricted();
-// In a restricted backward call: was the gradient of this leaf asked for?
+// In a restricted backward call: was the gradient of this leaf asked for? Inside
+// of a WantedLeaves scope that is asked of the call that the scope was made for.
 bool graph_task_wants_leaf(torch::autograd::Node* grad_accumulator);
+
+// What the current backward call, or the one that a scope speaks for, was asked for.
+const void* wanted_leaves();
+// Makes backward calls below this one on this thread speak for an outer one; null
+// ends that.
+class WantedLeaves {
+ public:
+  explicit WantedLeaves(const void* wanted);
+  ~WantedLeaves();
+  WantedLeaves(const WantedLeaves&) = delete;
+  WantedLeaves& operator=(const WantedLeaves&) = delete;
+
+ private:
+  const void* outer_;
+};
+
+// A backward may be called in inference mode; a replay records a graph.
+class NoInferenceMode {
+ public:
+  NoInferenceMode() {
+    if (c10::InferenceMode::is_enabled()) {
+      guard_.emplace(false);
+    }
+  }
+
+ private:
+  std::optional<c10::InferenceMode> guard_;
+};
 
 // torch.autograd.Function's way to give outputs their history.
 std::vector<std::optional<at::Tensor>> wrap_outputs(
@@ -129,6 +162,9 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
 // dispatcher (a tenth of the cost of at::Tensor::detach); everything that has
 // behaviour of its own (subclasses, functorch wrappers, ...) takes the long way.
 at::Tensor values_of(const at::Tensor& tensor);
+
+// A tensor of its own for the same values, without history.
+at::Tensor alias_of(const at::Tensor& tensor);
 
 // A dense tensor with a storage and without behaviour of its own.
 bool is_plain(const at::Tensor& tensor);

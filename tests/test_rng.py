@@ -247,7 +247,9 @@ def test_segments_that_begin_in_the_same_state_share_it() -> None:
     assert ledger.stashed_bytes() == live
 
 
-def test_a_segment_that_puts_the_state_back_itself_keeps_none() -> None:
+def test_a_segment_that_puts_the_state_back_itself_is_rewound() -> None:
+    """It ends where it began, and draws all the same."""
+
     def function(x: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -262,7 +264,7 @@ def test_a_segment_that_puts_the_state_back_itself_keeps_none() -> None:
 
     bytes_kept: list[int] = []
     assert_exact(program, replays=1)
-    assert bytes_kept == [0, 0]
+    assert bytes_kept[0] == 0 and bytes_kept[1] > 2500
 
 
 # Restored afterwards, whatever happens.

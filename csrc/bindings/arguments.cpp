@@ -27,6 +27,19 @@ PyObject* default_dict() {
   return type;
 }
 
+// Keeps CPython's recursion count right also when an exception passes.
+class RecursionGuard {
+ public:
+  RecursionGuard() {
+    if (Py_EnterRecursiveCall(" while taking checkpointed arguments apart") != 0) {
+      throw_python_error();
+    }
+  }
+  ~RecursionGuard() { Py_LeaveRecursiveCall(); }
+  RecursionGuard(const RecursionGuard&) = delete;
+  RecursionGuard& operator=(const RecursionGuard&) = delete;
+};
+
 bool is_named_tuple(PyObject* value) {
   if (!PyTuple_Check(value) || PyTuple_CheckExact(value)) {
     return false;
@@ -57,14 +70,11 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     const auto count = static_cast<uint32_t>(PyTuple_GET_SIZE(value));
     nodes_.push_back({named ? Kind::kNamedTuple : Kind::kTuple, count,
                       named ? Ref::borrow(reinterpret_cast<PyObject*>(Py_TYPE(value))) : Ref()});
-    if (Py_EnterRecursiveCall(" while taking checkpointed arguments apart") != 0) {
-      throw_python_error();
-    }
+    const RecursionGuard guard;
     bool rebuild = false;
     for (uint32_t i = 0; i < count; ++i) {
       rebuild |= take_apart(PyTuple_GET_ITEM(value, i), tensors, known);
     }
-    Py_LeaveRecursiveCall();
     if (!rebuild) {
       // Nothing in it can change, so the tuple itself will do.
       nodes_.erase(nodes_.begin() + static_cast<std::ptrdiff_t>(here), nodes_.end());
@@ -90,9 +100,7 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     nodes_.push_back({Kind::kShared, it->second, Ref()});
     return true;
   }
-  if (Py_EnterRecursiveCall(" while taking checkpointed arguments apart") != 0) {
-    throw_python_error();
-  }
+  const RecursionGuard guard;
   if (is_list) {
     const auto count = static_cast<uint32_t>(PyList_GET_SIZE(value));
     nodes_.push_back({Kind::kList, count, Ref()});
@@ -111,7 +119,6 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     }
     take_items_apart(value, tensors, known);
   }
-  Py_LeaveRecursiveCall();
   return true;
 }
 

@@ -8,18 +8,24 @@ namespace py = pybind11;
 namespace reprise::bindings {
 namespace {
 
-// The rows as tuples, in the order of torch_reprise.ledger.Row.
+// The rows as tuples, in the order of torch_reprise.ledger.Row. Copied first:
+// making Python objects may run the garbage collector, and with it anything.
 py::list rows_of(const Ledger::Recording& recording) {
-  py::list rows;
-  auto lock = Ledger::get().lock_rows();
-  for (const auto& row : recording.rows) {
-    py::tuple generators(row->generators.size());
-    for (size_t i = 0; i < row->generators.size(); ++i) {
-      generators[i] = row->generators[i];
+  std::vector<LedgerRow> copies;
+  {
+    auto lock = Ledger::get().lock_rows();
+    for (const auto& row : recording.rows) {
+      copies.push_back(*row);
     }
-    rows.append(py::make_tuple(row->name, row->depth, row->reentrant, row->slots, row->bytes,
-                               generators, row->forward_seconds * 1e3, row->replay_seconds * 1e3,
-                               row->replays));
+  }
+  py::list rows;
+  for (const auto& row : copies) {
+    py::tuple generators(row.generators.size());
+    for (size_t i = 0; i < row.generators.size(); ++i) {
+      generators[i] = row.generators[i];
+    }
+    rows.append(py::make_tuple(row.name, row.depth, row.reentrant, row.slots, row.bytes, generators,
+                               row.forward_seconds * 1e3, row.replay_seconds * 1e3, row.replays));
   }
   return rows;
 }

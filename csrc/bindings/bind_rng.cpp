@@ -2,12 +2,14 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <string>
 #include <unordered_set>
 #include <vector>
 
 #include "bindings/bind.h"
 #include "bindings/python_object.h"
+#include "rng/generator_lease.h"
 #include "rng/rng_snapshot.h"
 
 namespace py = pybind11;
@@ -120,6 +122,9 @@ void bind_rng(py::module_& module) {
     return std::vector<at::Generator>(generators.begin(), generators.end());
   });
   module.def("generator_name", &generator_name);
+  module.def("set_lease_wait_limit", [](double seconds) {
+    GeneratorLease::set_wait_limit(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));
+  });
 }
 
 }  // namespace reprise::bindings

@@ -127,8 +127,10 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   if ((flags & kPreserveRngState) != 0) {
     complete_generators(function, argv[6], generators);
   }
-  auto segment =
-      Segment::begin(std::move(program), inputs, options_of(flags), current_depth(), generators);
+  SegmentOptions options = options_of(flags);
+  // Selective checkpointing has a check of its own, which can be turned off.
+  options.check_versions = argv[4] == Py_None;
+  auto segment = Segment::begin(std::move(program), inputs, options, current_depth(), generators);
   generators.clear();
   inputs.clear();
   bool suppressed = false;
@@ -245,6 +247,7 @@ void bind_segment(py::module_& module) {
   module.attr("CHECK_RNG") = static_cast<long>(kCheckRng);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });
+  module.def("set_group_type", [](const py::object& type) { set_group_type(type.ptr()); });
   module.def("set_internal_paths",
              [](const std::vector<std::string>& prefixes) { set_internal_paths(prefixes); });
   module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });

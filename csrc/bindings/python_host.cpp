@@ -18,6 +18,7 @@ namespace {
 
 PyObject* g_checkpoint_error = nullptr;
 PyObject* g_unpack = nullptr;
+PyObject* g_group_type = nullptr;
 
 // --- Holder: what a pack hook returns when Python calls it --------------------
 
@@ -110,6 +111,13 @@ void ready(PyTypeObject& type, const char* name, size_t size, destructor dealloc
   }
 }
 
+// Is this the frame of torch.autograd that calls the engine?
+bool waits_for_backward(PyFrameObject* frame) {
+  Ref code = Ref::steal(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
+  PyObject* name = reinterpret_cast<PyCodeObject*>(code.get())->co_name;
+  return PyUnicode_CompareWithASCIIString(name, "_engine_run_backward") == 0;
+}
+
 // --- Host ---------------------------------------------------------------------
 
 class PythonHost final : public Host {
@@ -147,6 +155,29 @@ class PythonHost final : public Host {
     }
   }
 
+  bool reports_its_end(PyObject* group) noexcept override {
+    WithInterpreter lock;
+    return g_group_type != nullptr &&
+           PyObject_TypeCheck(group, reinterpret_cast<PyTypeObject*>(g_group_type)) != 0;
+  }
+
+  bool is_alone() noexcept override {
+    WithInterpreter lock;
+    PyThreadState* self = PyThreadState_Get();
+    for (PyThreadState* thread = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
+         thread != nullptr; thread = PyThreadState_Next(thread)) {
+      if (thread == self) {
+        continue;
+      }
+      Ref frame = Ref::steal(reinterpret_cast<PyObject*>(PyThreadState_GetFrame(thread)));
+      // The thread that called backward waits in it while a device thread replays.
+      if (frame && !waits_for_backward(reinterpret_cast<PyFrameObject*>(frame.get()))) {
+        return false;
+      }
+    }
+    return true;
+  }
+
   [[noreturn]] void throw_early_stop() override {
     WithInterpreter lock;
     PyErr_SetNone(early_stop_type());
@@ -166,6 +197,12 @@ void set_checkpoint_error(PyObject* type) {
   Py_INCREF(type);
   Py_XDECREF(g_checkpoint_error);
   g_checkpoint_error = type;
+}
+
+void set_group_type(PyObject* type) {
+  Py_INCREF(type);
+  Py_XDECREF(g_group_type);
+  g_group_type = type;
 }
 
 void set_checkpoint_error_message(const char* message) {

@@ -25,6 +25,9 @@ void install_host();
 // The type raised for a replay that does not match; a strong reference is kept.
 void set_checkpoint_error(PyObject* type);
 
+// Our GraphExecGroup, which tells us its end.
+void set_group_type(PyObject* type);
+
 // Raises `message` as CheckpointError in Python terms: sets the error.
 void set_checkpoint_error_message(const char* message);
 

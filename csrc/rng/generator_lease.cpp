@@ -1,11 +1,16 @@
 #include "rng/generator_lease.h"
 
+#include <c10/util/StringUtil.h>
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
-#include <vector>
+#include <utility>
 
 #include "host.h"
+#include "rng/rng_snapshot.h"
 #include "torch_compat.h"
 
 namespace reprise {
@@ -13,55 +18,103 @@ namespace {
 
 struct State {
   std::mutex mutex;
-  std::condition_variable free;
-  uint64_t holder = 0;  // the token of the chain that holds the lease; 0: nobody
-  uint64_t turns = 0;   // the last token given out
+  std::condition_variable given_back;
+  std::vector<std::pair<const void*, uint64_t>> held;  // generator, token of its chain
   std::vector<std::thread::id> waiting;
+  uint64_t turns = 0;
 };
 
+std::atomic<int64_t> g_wait_limit_ms{300'000};
+std::atomic<uint64_t> g_last_token{0};
+State* g_state = nullptr;  // never destroyed: threads may outlive static teardown
+
 State& state() {
-  static State* state = new State;  // never destroyed: threads may outlive static teardown
-  return *state;
+  static const bool made = [] {
+    g_state = new State;
+    // A child has one thread, and none of the others gives anything back there.
+    pthread_atfork(nullptr, nullptr, [] { g_state = new State; });
+    return true;
+  }();
+  (void)made;
+  return *g_state;
+}
+
+bool held_by_other(const State& s, const void* generator, uint64_t token) {
+  return std::any_of(s.held.begin(), s.held.end(), [&](const auto& held) {
+    return held.first == generator && held.second != token;
+  });
 }
 
 }  // namespace
 
-GeneratorLease::GeneratorLease() : nested_(held_by_this_chain()) {
-  if (nested_) {
-    return;
-  }
+bool GeneratorLease::try_take(uint64_t token, c10::ArrayRef<at::Generator> generators) {
   State& s = state();
-  uint64_t token = 0;
-  {
-    // Uncontended, which is nearly always, the interpreter lock is not touched.
-    std::unique_lock<std::mutex> lock(s.mutex);
-    if (s.holder == 0) {
-      token = s.holder = ++s.turns;
+  for (const auto& generator : generators) {
+    if (held_by_other(s, generator.unsafeGetGeneratorImpl(), token)) {
+      return false;
     }
   }
+  ++s.turns;
+  for (const auto& generator : generators) {
+    const void* impl = generator.unsafeGetGeneratorImpl();
+    if (std::find(s.held.begin(), s.held.end(), std::pair(impl, token)) == s.held.end()) {
+      s.held.emplace_back(impl, token);
+      taken_.push_back(impl);
+    }
+  }
+  return true;
+}
+
+GeneratorLease::GeneratorLease(c10::ArrayRef<at::Generator> generators) {
+  uint64_t token = compat::chain_token();
   if (token == 0) {
+    begins_chain_ = true;
+    token = ++g_last_token;
+  }
+  State& s = state();
+  bool taken = false;
+  {
+    // Uncontended, which is nearly always, the interpreter lock is not touched.
+    std::lock_guard<std::mutex> lock(s.mutex);
+    taken = try_take(token, generators);
+  }
+  if (!taken) {
     const InterpreterReleased released;
     const auto self = std::this_thread::get_id();
     std::unique_lock<std::mutex> lock(s.mutex);
     s.waiting.push_back(self);
-    s.free.wait(lock, [&s] { return s.holder == 0; });
+    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, generators); });
     s.waiting.erase(std::find(s.waiting.begin(), s.waiting.end(), self));
-    token = s.holder = ++s.turns;
   }
-  compat::set_chain_token(token);
+  if (!taken) {
+    host().throw_checkpoint_error(c10::str(
+        "torch_reprise: a replay waited ", wait_limit().count() / 1000.0,
+        " s for the random generator ", generator_name(generators.front()),
+        ", which the replay of another thread has rewound and not put back. Does its function "
+        "wait for this thread (a barrier, a collective, join)? Replays that draw from one "
+        "generator take turns: give each thread a generator or device of its own, or pass "
+        "preserve_rng_state=False."));
+  }
+  if (begins_chain_) {
+    compat::set_chain_token(token);
+  }
 }
 
 GeneratorLease::~GeneratorLease() {
-  if (nested_) {
-    return;
+  if (begins_chain_) {
+    compat::set_chain_token(0);
   }
-  compat::set_chain_token(0);
   State& s = state();
   {
     std::lock_guard<std::mutex> lock(s.mutex);
-    s.holder = 0;
+    s.held.erase(std::remove_if(s.held.begin(), s.held.end(),
+                                [this](const auto& held) {
+                                  return std::find(taken_.begin(), taken_.end(), held.first) !=
+                                         taken_.end();
+                                }),
+                 s.held.end());
   }
-  s.free.notify_one();
+  s.given_back.notify_all();
 }
 
 bool GeneratorLease::held_by_this_chain() {
@@ -69,8 +122,24 @@ bool GeneratorLease::held_by_this_chain() {
   if (token == 0) {
     return false;
   }
-  std::lock_guard<std::mutex> lock(state().mutex);
-  return state().holder == token;
+  State& s = state();
+  std::lock_guard<std::mutex> lock(s.mutex);
+  return std::any_of(s.held.begin(), s.held.end(),
+                     [token](const auto& held) { return held.second == token; });
+}
+
+bool GeneratorLease::held_by_others() {
+  const uint64_t token = compat::chain_token();
+  State& s = state();
+  std::lock_guard<std::mutex> lock(s.mutex);
+  return std::any_of(s.held.begin(), s.held.end(),
+                     [token](const auto& held) { return held.second != token; });
+}
+
+uint64_t GeneratorLease::turns() {
+  State& s = state();
+  std::lock_guard<std::mutex> lock(s.mutex);
+  return s.turns;
 }
 
 bool GeneratorLease::is_waiting(std::thread::id thread) {
@@ -79,15 +148,12 @@ bool GeneratorLease::is_waiting(std::thread::id thread) {
   return std::find(s.waiting.begin(), s.waiting.end(), thread) != s.waiting.end();
 }
 
-bool GeneratorLease::undisturbed_since(uint64_t turns) {
-  const uint64_t token = compat::chain_token();
-  std::lock_guard<std::mutex> lock(state().mutex);
-  return state().turns == turns && (state().holder == 0 || state().holder == token);
+std::chrono::milliseconds GeneratorLease::wait_limit() {
+  return std::chrono::milliseconds(g_wait_limit_ms.load(std::memory_order_relaxed));
 }
 
-uint64_t GeneratorLease::turns() {
-  std::lock_guard<std::mutex> lock(state().mutex);
-  return state().turns;
+void GeneratorLease::set_wait_limit(std::chrono::milliseconds limit) {
+  g_wait_limit_ms.store(limit.count(), std::memory_order_relaxed);
 }
 
 }  // namespace reprise

@@ -1,4 +1,4 @@
-// Turns between replays that rewind generators.
+// Turns between replays that rewind the same generator.
 //
 // Note [Turns]
 //
@@ -7,50 +7,63 @@
 //
 // Both replays rewind the one CPU generator of the process, draw, and put it
 // back. Interleaved, each draws the other's numbers and puts back what the other
-// had rewound. So a replay that rewinds anything holds the lease from before it
-// notes the generators until it has put them back; others wait for it without
-// the interpreter lock.
+// had rewound. So a replay holds a lease on every generator that it rewinds, from
+// before it notes where they stand until it has put them back; others wait for it
+// without the interpreter lock. Replays on different devices do not meet.
 //
 // The holder is a chain, not a thread: a replay inside of a replay (a nested
 // segment, a backward inside of fn) belongs to the chain of the outer one, and
 // autograd may run that inner backward on another thread (a device thread, or a
 // pool thread once backward calls are nested deeply). Each chain has a token in
 // torch's thread-local state for Python objects, which torch carries to the
-// threads of a backward.
+// threads of a backward. All generators of a replay are taken at once, so that
+// two chains cannot hold one each and wait for the other's; nested replays that
+// need more can, as can a function that waits for another thread (a barrier)
+// whose replay needs the same generator. Nobody waits for ever: after
+// wait_limit() the replay fails with an error that says so.
 //
-// A replay of a segment that drew nothing rewinds nothing and takes no turn. It
-// puts generators back only if no turn was taken meanwhile.
-//
-// What no lease can promise: a thread outside of any replay that draws from the
-// shared CPU generator while a replay is running takes numbers from the rewound
-// state, and moves the replay's. Give such threads generators of their own.
+// What no lease can promise: a thread outside of any replay that draws from a
+// generator while it is rewound takes numbers from the rewound state, and moves
+// the replay's. Give such threads generators of their own.
 #pragma once
 
+#include <ATen/core/Generator.h>
+#include <c10/util/ArrayRef.h>
+
+#include <chrono>
 #include <cstdint>
-#include <memory>
 #include <thread>
+#include <vector>
 
 namespace reprise {
 
 class GeneratorLease {
  public:
-  // Waits until no other chain holds the lease. Within a chain that holds it
-  // this is nothing.
-  GeneratorLease();
+  // Waits until no other chain holds any of `generators`. What this chain holds
+  // already is not waited for. Throws CheckpointError after wait_limit().
+  explicit GeneratorLease(c10::ArrayRef<at::Generator> generators);
   ~GeneratorLease();
   GeneratorLease(const GeneratorLease&) = delete;
   GeneratorLease& operator=(const GeneratorLease&) = delete;
 
-  // Does the chain that this thread works for hold the lease?
+  // Does the chain that this thread works for hold a lease?
   static bool held_by_this_chain();
-  // Is that thread waiting for the lease?
-  static bool is_waiting(std::thread::id thread);
-  // Turns begun so far, or none if one is being taken by another chain now.
-  static bool undisturbed_since(uint64_t turns);
+  // Does another chain hold any? Then some generators are not where the program is.
+  static bool held_by_others();
+  // How many were taken so far, by anybody.
   static uint64_t turns();
+  // Is that thread waiting for one?
+  static bool is_waiting(std::thread::id thread);
+
+  // Five minutes, unless set.
+  static std::chrono::milliseconds wait_limit();
+  static void set_wait_limit(std::chrono::milliseconds limit);
 
  private:
-  bool nested_;
+  bool try_take(uint64_t token, c10::ArrayRef<at::Generator> generators);
+
+  bool begins_chain_ = false;
+  std::vector<const void*> taken_;  // by this object, to be given back by it
 };
 
 }  // namespace reprise

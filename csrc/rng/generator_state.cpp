@@ -5,6 +5,8 @@
 #include <ATen/core/MT19937RNGEngine.h>
 #include <c10/util/Exception.h>
 
+#include <array>
+#include <cstddef>
 #include <cstring>
 #include <mutex>
 #include <optional>
@@ -51,6 +53,20 @@ bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
 // shares it.
 thread_local std::shared_ptr<const Mt19937State> t_last_engine;
 
+// The three bytes between seeded_ and next_: see Note [Drawn and put back].
+constexpr size_t kPadding = offsetof(at::mt19937_data_pod, seeded_) + sizeof(bool);
+static_assert(offsetof(at::mt19937_data_pod, next_) == kPadding + 3);
+constexpr std::array<unsigned char, 3> kMark = {0x52, 0xe7, 0x19};
+
+bool is_marked(const at::mt19937_data_pod& data) {
+  return std::memcmp(reinterpret_cast<const char*>(&data) + kPadding, kMark.data(), 3) == 0;
+}
+
+void mark(at::mt19937_data_pod& data, bool on) {
+  constexpr std::array<unsigned char, 3> none = {0, 0, 0};
+  std::memcpy(reinterpret_cast<char*>(&data) + kPadding, (on ? kMark : none).data(), 3);
+}
+
 // Not cryptographic: it tells states of one generator apart, of which a program
 // meets few.
 uint64_t hash_bytes(const void* data, size_t size) {
@@ -86,6 +102,40 @@ GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
     default:  // get_offset may throw or not tell the whole state
       return Kind::kOpaque;
   }
+}
+
+void GeneratorState::stamp(at::Generator& generator) {
+  if (kind_of(generator) != Kind::kMt19937) {
+    return;
+  }
+  auto* cpu = static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
+  std::lock_guard<std::mutex> lock(cpu->mutex_);
+  at::mt19937 engine = cpu->engine();
+  at::mt19937_data_pod data = engine.data();
+  if (!is_marked(data)) {
+    mark(data, true);
+    engine.set_data(data);
+    cpu->set_engine(engine);
+  }
+}
+
+bool GeneratorState::was_only_drawn_from(const at::Generator& generator) {
+  if (kind_of(generator) != Kind::kMt19937) {
+    return false;
+  }
+  auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
+  std::lock_guard<std::mutex> lock(cpu.mutex_);
+  return is_marked(cpu.engine().data());
+}
+
+bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
+  if (kind_ != Kind::kMt19937) {
+    return false;
+  }
+  auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
+  std::lock_guard<std::mutex> lock(cpu.mutex_);
+  const at::mt19937_data_pod now = cpu.engine().data();
+  return is_marked(now) && stands_at(cpu, now, *engine_);
 }
 
 GeneratorState GeneratorState::capture(const at::Generator& generator) {
@@ -132,8 +182,10 @@ void GeneratorState::apply(at::Generator& generator) const {
   switch (kind_) {
     case Kind::kMt19937: {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
+      at::mt19937_data_pod data = engine_->engine;
+      mark(data, false);  // it is set, not drawn to
       at::mt19937 engine;
-      engine.set_data(engine_->engine);
+      engine.set_data(data);
       cpu.set_engine(engine);
       cpu.set_next_float_normal_sample(engine_->next_float);
       cpu.set_next_double_normal_sample(engine_->next_double);

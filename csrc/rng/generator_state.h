@@ -33,6 +33,25 @@ class GeneratorState {
   // one table of generator_state.cpp.
   static Kind kind_of(const at::Generator& generator);
 
+  // Note [Drawn and put back]
+  //
+  //   with torch.random.fork_rng():
+  //       noise = torch.rand(8)      # the generator stands where it stood, afterwards
+  //
+  // A forward that ends where it began may have drawn all the same, so equal
+  // states do not show that its replay needs none. But an engine cannot come back
+  // by drawing; somebody must set it. A mark in the padding of the engine's data
+  // tells: copies and draws leave it alone, a seed or a state that is set does not
+  // carry it. (The standard lets padding change at any copy. Then the state is
+  // kept, which is always right.)
+  //
+  // stamp() sets the mark; is_untouched_since() is true if it is still there and
+  // the state is this one. Always false for other kinds than mt19937.
+  static void stamp(at::Generator& generator);
+  bool is_untouched_since(const at::Generator& generator) const;
+  // Has the generator only been drawn from since stamp()? False where unknown.
+  static bool was_only_drawn_from(const at::Generator& generator);
+
   // Takes the generator's mutex, as every reader of a generator must.
   // Consecutive captures of a CPU generator that did not move in between give
   // states that share their memory.

@@ -1,10 +1,11 @@
 // Rewinds the generators for a replay and puts them back, whatever happens.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
-#include <vector>
 
+#include "host.h"
 #include "rng/generator_lease.h"
 #include "rng/rng_snapshot.h"
 
@@ -12,55 +13,87 @@ namespace reprise {
 
 class RngScope {
  public:
-  // `stash` holds the states to rewind to: the generators that the forward
-  // moved. Every default generator is noted, not only those, since a replay
-  // that draws where the forward did not must not move the program's numbers.
+  // `stash` holds the states to rewind to.
   RngScope(RngSnapshot& stash, bool enabled) : stash_(stash), enabled_(enabled) {
     if (!enabled_) {
       return;
     }
+    const auto generators = stash.generators();
     if (!stash.empty()) {
-      lease_.emplace();  // before anything is noted: see Note [Turns]
+      lease_.emplace(generators);  // before they are noted: see Note [Turns]
     }
     turns_ = GeneratorLease::turns();
-    outer_ = RngSnapshot::capture_defaults(stash.generators());
-    stash.apply();
+    if (!GeneratorLease::held_by_others()) {
+      others_ = RngSnapshot::capture_defaults();
+      others_.leave_out(stash);
+    }
+    outer_ = RngSnapshot::capture(generators);
+    try {
+      stash.apply();
+    } catch (...) {
+      put_back();
+      throw;
+    }
   }
   ~RngScope() { put_back(); }
   RngScope(const RngScope&) = delete;
   RngScope& operator=(const RngScope&) = delete;
 
-  // Compares where the generators are with where the forward left them, puts
-  // them back, and tells what differs; empty if nothing does. The replay has
-  // ended, early or not.
+  // The replay has ended, early or not: compares where the generators are with
+  // where the forward left them, puts them back, and tells what differs; empty if
+  // nothing does.
+  //
+  // A generator that the forward did not use and that moved meanwhile was moved by
+  // the replay if no other thread runs user code. Then it is put back and told.
+  // Otherwise another thread may have drawn from it, as it may from any generator
+  // that is its own, and neither is right.
   std::string put_back_and_compare(bool stopped_early) {
     if (!enabled_) {
       return {};
     }
     std::string text = stash_.divergence(stopped_early);
-    for (const auto& name : put_back()) {
-      text += (text.empty() ? "generator " : "\n  generator ") + name +
-              "\n    the forward did not draw from it, the replay did";
+    if (was_moved_by_us()) {
+      for (const auto& name : others_.restore_moved()) {
+        text += (text.empty() ? "generator " : "\n  generator ") + name +
+                "\n    the forward did not draw from it, the replay did";
+      }
     }
+    outer_.restore_moved();
+    enabled_ = false;
+    lease_.reset();
     return text;
   }
 
  private:
-  std::vector<std::string> put_back() {
-    std::vector<std::string> unexpected;
-    if (enabled_ && (lease_.has_value() || GeneratorLease::undisturbed_since(turns_))) {
-      unexpected = outer_.restore_moved(&stash_);
+  // Were generators that are not in the stash moved, and can only we have done it?
+  // Whether somebody took a turn is asked last: whoever moved one before we looked
+  // had taken it by then, be it given back or not.
+  bool was_moved_by_us() const {
+    return others_.any_moved() && GeneratorLease::turns() == turns_ && host().is_alone();
+  }
+
+  void put_back() noexcept {
+    if (!enabled_) {
+      return;
+    }
+    try {
+      outer_.restore_moved();
+      if (was_moved_by_us()) {
+        others_.restore_moved();
+      }
+    } catch (...) {  // NOLINT: an error is on its way already, and tells more than this one
     }
     enabled_ = false;
-    lease_.reset();
-    return unexpected;
   }
 
   RngSnapshot& stash_;
   bool enabled_;
-  std::optional<GeneratorLease> lease_;
-  uint64_t turns_ = 0;
-  RngSnapshot outer_;
+  uint64_t turns_ = 0;                   // taken when this was made
+  std::optional<GeneratorLease> lease_;  // given back last
+  RngSnapshot outer_;                    // of the stash's generators
+  // Of the other default generators; empty if some of them were rewound by another
+  // thread when this was made.
+  RngSnapshot others_;
 };
 
 }  // namespace reprise

@@ -5,6 +5,9 @@
 #include <c10/core/DeviceType.h>
 
 #include <algorithm>
+#include <exception>
+
+#include "host.h"
 
 namespace reprise {
 namespace {
@@ -50,7 +53,12 @@ void append_generators(c10::DeviceType type, c10::SmallVector<at::Generator, 2>&
 
 bool accelerator_has_context(c10::DeviceType type) {
   const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
-  return hooks.deviceCount() > 0 && hooks.hasPrimaryContext(0);
+  for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
+    if (hooks.hasPrimaryContext(index)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 void set_initialised_query(InitialisedQuery query) { initialised_query() = std::move(query); }
@@ -82,11 +90,13 @@ RngSnapshot RngSnapshot::capture_defaults(Generators others) {
   RngSnapshot snapshot;
   for (auto& generator : default_generators()) {
     auto state = GeneratorState::capture(generator);
-    snapshot.entries_.push_back({std::move(generator), std::move(state), std::nullopt});
+    snapshot.entries_.push_back(
+        {std::move(generator), std::move(state), std::nullopt, false, false});
   }
   for (const auto& generator : others) {
     if (!snapshot.contains(generator)) {
-      snapshot.entries_.push_back({generator, GeneratorState::capture(generator), std::nullopt});
+      snapshot.entries_.push_back(
+          {generator, GeneratorState::capture(generator), std::nullopt, false, false});
     }
   }
   return snapshot;
@@ -96,14 +106,15 @@ RngSnapshot RngSnapshot::capture(Generators generators) {
   RngSnapshot snapshot;
   for (const auto& generator : generators) {
     if (!snapshot.contains(generator)) {
-      snapshot.entries_.push_back({generator, GeneratorState::capture(generator), std::nullopt});
+      snapshot.entries_.push_back(
+          {generator, GeneratorState::capture(generator), std::nullopt, false, false});
     }
   }
   return snapshot;
 }
 
 void RngSnapshot::add(at::Generator generator, GeneratorState state) {
-  entries_.push_back({std::move(generator), std::move(state), std::nullopt});
+  entries_.push_back({std::move(generator), std::move(state), std::nullopt, false, false});
 }
 
 bool RngSnapshot::contains(const at::Generator& generator) const {
@@ -111,14 +122,59 @@ bool RngSnapshot::contains(const at::Generator& generator) const {
                      [&](const Entry& entry) { return entry.generator == generator; });
 }
 
-void RngSnapshot::keep_only_moved() {
+void RngSnapshot::stamp() {
+  for (auto& entry : entries_) {
+    GeneratorState::stamp(entry.generator);
+  }
+}
+
+void RngSnapshot::keep_what_a_replay_needs(const c10::SmallVectorImpl<c10::Device>& devices) {
+  for (auto& entry : entries_) {
+    entry.moved = !entry.state.is_state_of(entry.generator);
+  }
   entries_.erase(std::remove_if(entries_.begin(), entries_.end(),
-                                [](const Entry& e) { return e.state.is_state_of(e.generator); }),
+                                [&devices](const Entry& e) {
+                                  if (e.moved) {
+                                    return false;
+                                  }
+                                  if (e.state.kind() == GeneratorState::Kind::kMt19937) {
+                                    return e.state.is_untouched_since(e.generator);
+                                  }
+                                  return std::find(devices.begin(), devices.end(),
+                                                   e.generator.device()) == devices.end();
+                                }),
                  entries_.end());
   for (auto& entry : entries_) {
     entry.end = GeneratorMark::of(entry.generator);
+    entry.only_drawn = GeneratorState::was_only_drawn_from(entry.generator);
   }
 }
+
+std::vector<std::string> RngSnapshot::names_of_moved() const {
+  std::vector<std::string> names;
+  for (const auto& entry : entries_) {
+    if (entry.moved) {
+      names.push_back(generator_name(entry.generator));
+    }
+  }
+  return names;
+}
+
+namespace {
+
+// Does a generator stand where a new one of its device would? Then nothing was
+// drawn from it yet.
+bool is_fresh(const at::Generator& generator) {
+  try {
+    const auto device = generator.device();
+    const auto& hooks = at::globalContext().getAcceleratorHooksInterface(device.type());
+    return GeneratorState::capture(hooks.getNewGenerator(device.index())).is_state_of(generator);
+  } catch (const c10::Error&) {
+    return false;  // the backend cannot make one
+  }
+}
+
+}  // namespace
 
 std::vector<std::string> RngSnapshot::add_newcomers(
     const c10::SmallVectorImpl<at::Generator>& known_before) {
@@ -128,13 +184,15 @@ std::vector<std::string> RngSnapshot::add_newcomers(
       continue;
     }
     if (GeneratorState::kind_of(generator) != GeneratorState::Kind::kPhilox) {
-      unknown.push_back(generator_name(generator));
+      if (!is_fresh(generator)) {
+        unknown.push_back(generator_name(generator));
+      }
       continue;
     }
     auto state = GeneratorState::philox(generator.current_seed(), 0);
     if (!state.is_state_of(generator)) {
       auto end = GeneratorMark::of(generator);
-      entries_.push_back({std::move(generator), std::move(state), end});
+      entries_.push_back({std::move(generator), std::move(state), end, true, false});
     }
   }
   return unknown;
@@ -146,7 +204,12 @@ std::string RngSnapshot::divergence(bool stopped_early) const {
       continue;  // the forward is not over: nothing to compare with
     }
     const auto now = GeneratorMark::of(entry.generator);
-    if (stopped_early ? !now.is_beyond(*entry.end) : now == *entry.end) {
+    // A forward that sets its generator may be anywhere when it is stopped.
+    if (stopped_early ? !entry.only_drawn || !now.is_beyond(*entry.end) : now == *entry.end) {
+      continue;
+    }
+    // Left where it began: another thread may have drawn during the forward.
+    if (entry.state.is_state_of(entry.generator) && !host().is_alone()) {
       continue;
     }
     std::string text = c10::str("generator ", generator_name(entry.generator),
@@ -164,22 +227,41 @@ std::string RngSnapshot::divergence(bool stopped_early) const {
   return {};
 }
 
-std::vector<std::string> RngSnapshot::restore_moved(const RngSnapshot* expected) {
-  std::vector<std::string> unexpected;
+bool RngSnapshot::any_moved() const {
+  return std::any_of(entries_.begin(), entries_.end(),
+                     [](const Entry& e) { return !e.state.is_state_of(e.generator); });
+}
+
+void RngSnapshot::leave_out(const RngSnapshot& other) {
+  entries_.erase(std::remove_if(entries_.begin(), entries_.end(),
+                                [&other](const Entry& e) { return other.contains(e.generator); }),
+                 entries_.end());
+}
+
+std::vector<std::string> RngSnapshot::restore_moved() {
+  std::vector<std::string> moved;
+  std::exception_ptr error;
   for (auto& entry : entries_) {
-    if (!entry.state.is_state_of(entry.generator)) {
-      entry.state.apply(entry.generator);
-      if (expected != nullptr && !expected->contains(entry.generator)) {
-        unexpected.push_back(generator_name(entry.generator));
+    try {
+      if (!entry.state.is_state_of(entry.generator)) {
+        entry.state.apply(entry.generator);
+        moved.push_back(generator_name(entry.generator));
       }
+    } catch (...) {
+      error = std::current_exception();
     }
   }
-  return unexpected;
+  if (error) {
+    std::rethrow_exception(error);
+  }
+  return moved;
 }
 
 void RngSnapshot::apply() {
   for (auto& entry : entries_) {
-    entry.state.apply(entry.generator);
+    if (!entry.state.is_state_of(entry.generator)) {
+      entry.state.apply(entry.generator);
+    }
   }
 }
 

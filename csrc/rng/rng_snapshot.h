@@ -49,10 +49,14 @@ class RngSnapshot {
   static RngSnapshot capture(Generators generators);
 
   // --- a segment's stash ---
-  // Leaves out the generators that still stand where they were captured, and
-  // notes where the others stand now: a replay must end there.
-  void keep_only_moved();
-  // After keep_only_moved: generators that exist now and did not when this was
+  // Marks the generators, so that keep_what_a_replay_needs() can tell.
+  void stamp();
+  // The forward is over. Leaves out the generators that it cannot have used: an
+  // mt19937 engine that nobody touched, and other kinds that stand where they
+  // stood and whose device no tensor of the segment was on (16 bytes each stay
+  // for the others). Notes where the rest stands now: a replay must end there.
+  void keep_what_a_replay_needs(const c10::SmallVectorImpl<c10::Device>& devices);
+  // After that: generators that exist now and did not when this was
   // captured, and that moved since. A Philox generator began at offset 0 with
   // the seed it has; of others nothing is known: their names are returned.
   std::vector<std::string> add_newcomers(const c10::SmallVectorImpl<at::Generator>& known_before);
@@ -61,9 +65,13 @@ class RngSnapshot {
   std::string divergence(bool stopped_early) const;
 
   // --- restoring ---
+  bool any_moved() const;
   // Puts back the generators that do not stand where they were captured, and
-  // returns the names of those that are not in `expected`.
-  std::vector<std::string> restore_moved(const RngSnapshot* expected = nullptr);
+  // returns their names. An error of one does not keep the others from being put
+  // back; it is thrown at the end.
+  std::vector<std::string> restore_moved();
+  // Forgets the generators that `other` has.
+  void leave_out(const RngSnapshot& other);
   // Puts every generator where it was captured.
   void apply();
 
@@ -74,6 +82,8 @@ class RngSnapshot {
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.
   size_t nbytes(std::unordered_set<const void*>& seen) const;
   std::vector<std::string> names() const;
+  // Those that do not stand where they were captured any more at the forward's end.
+  std::vector<std::string> names_of_moved() const;
   c10::SmallVector<at::Generator, 2> generators() const;
   const GeneratorState& state(size_t index) const { return entries_[index].state; }
   const at::Generator& generator(size_t index) const { return entries_[index].generator; }
@@ -84,6 +94,8 @@ class RngSnapshot {
     at::Generator generator;           // strong
     GeneratorState state;              // where it was captured
     std::optional<GeneratorMark> end;  // where the forward left it, once that is over
+    bool moved = false;                // by the forward, as far as its end tells
+    bool only_drawn = false;           // by the forward: it went nowhere but ahead
   };
   // One entry inline: most programs have the CPU alone, most stashes one device.
   c10::SmallVector<Entry, 1> entries_;

@@ -1,6 +1,9 @@
 #include "segment/ledger.h"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <new>
 #include <unordered_set>
 
 #include "segment/replay.h"
@@ -9,7 +12,14 @@
 namespace reprise {
 
 Ledger& Ledger::get() {
-  static Ledger* ledger = new Ledger;  // never destroyed: segments may outlive static teardown
+  static Ledger* ledger = [] {
+    // A thread that held a lock when the process forked is not in the child.
+    pthread_atfork(nullptr, nullptr, [] {
+      new (&get().mutex_) std::mutex;
+      new (&get().rows_mutex_) std::mutex;
+    });
+    return new Ledger;  // never destroyed: segments may outlive static teardown
+  }();
   return *ledger;
 }
 

@@ -110,6 +110,9 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   std::string rng_differs;
   {
     const ReplayMark replaying;
+    const compat::NoInferenceMode no_inference;
+    // Backward calls inside of fn ask for what they ask for.
+    const compat::WantedLeaves own_calls(nullptr);
     RngScope generators(segment->stash(), segment->options().preserve_rng_state);
     AmbientScope ambient(segment->ambient());
     c10::AutoGradMode gradients(true);
@@ -170,6 +173,9 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
             "arguments have an edge in the graph: pass the tensor as an argument, or pass "
             "use_reentrant=False."));
       }
+      // The inner call is restricted to the sinks; nodes of this kind inside of it
+      // must know what the outer one was asked for.
+      const compat::WantedLeaves outer_call(compat::wanted_leaves());
       input_grads = engine.execute(roots, root_grads, /*keep_graph=*/false,
                                    /*create_graph=*/false, /*accumulate_grad=*/false, input_edges);
     } else {

@@ -57,6 +57,7 @@ void Replay::run(Segment& segment) {
   std::string rng_differs;
   {
     const ReplayMark replaying;
+    const compat::NoInferenceMode no_inference;
     RngScope generators(segment.stash(), segment.options().preserve_rng_state);
     AmbientScope ambient(segment.ambient());
     c10::AutoGradMode gradients(true);

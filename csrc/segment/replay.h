@@ -4,8 +4,10 @@
 // a GraphExecGroup). It holds the recomputed tensors until they are asked for:
 //
 //   - in a graph task an unpack hands its tensor over and forgets it;
-//   - in a GraphExecGroup it keeps it until the slot dies or the group ends, so
-//     that overlapping backward calls (dx, then dw) share one replay;
+//   - in a GraphExecGroup of ours it keeps it until the slot dies or the group
+//     ends, so that overlapping backward calls (dx, then dw) share one replay;
+//     the end of a group of torch's own class is not told to us, so there it is
+//     handed over as in a graph task;
 //   - a slot that is asked for again (ctx.saved_tensors read twice) gets the
 //     same memory while somebody still holds it; after that a second replay is
 //     started, which keeps what it fills.
@@ -67,8 +69,9 @@ class ReplayMark {
 
 class Replay final : public c10::intrusive_ptr_target {
  public:
-  Replay(compat::ReplayKey key, std::optional<c10::SafePyObject> group)
-      : key_(key), keep_(key.is_group()), group_(std::move(group)) {}
+  // `keep`: unpacks leave the values here (a group whose end we are told).
+  Replay(compat::ReplayKey key, bool keep, std::optional<c10::SafePyObject> group)
+      : key_(key), keep_(keep), group_(std::move(group)) {}
 
   // Runs fn with everything as in the forward. Called without any lock held.
   // Throws CheckpointError when what it recomputed does not match.
@@ -93,6 +96,7 @@ class Replay final : public c10::intrusive_ptr_target {
 
   bool running = false;
   std::thread::id runner;
+  bool expired = false;  // its task or group ended while it was running
 
  private:
   struct Mismatch {

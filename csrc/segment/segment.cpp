@@ -2,6 +2,7 @@
 
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <chrono>
@@ -39,22 +40,28 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->inputs_.reserve(inputs.size());
   for (const auto& input : inputs) {
+    Input& entry = segment->inputs_.emplace_back();
     if (input.is_inference()) {
       // SavedVariable refuses inference tensors. They have no version to check.
-      segment->inference_inputs_.resize(inputs.size());
-      segment->inference_inputs_[segment->inputs_.size()] = input;
-      segment->inputs_.emplace_back();
+      entry.inference = input;
     } else {
-      segment->inputs_.emplace_back(input, /*is_output=*/false);
+      entry.saved = ag::SavedVariable(input, /*is_output=*/false);
+      if (input.requires_grad() && !input.is_leaf()) {
+        entry.version = ag::impl::version_counter(input);
+        entry.saved_version = entry.version.current_version();
+      }
     }
     if (input.has_storage()) {
       segment->input_storages_.push_back(input.storage().unsafeGetStorageImpl());
     }
+    segment->note_device(input.device());
   }
+  segment->checks_versions_ = options.check_versions && !compat::user_hooks_in_force();
   segment->ambient_ = AmbientState::capture();
   if (options.preserve_rng_state) {
     segment->stash_ = RngSnapshot::capture_defaults(generators);
     segment->known_generators_ = segment->stash_.generators();
+    segment->stash_.stamp();
   }
   return segment;
 }
@@ -71,15 +78,22 @@ void Segment::drop() noexcept {
   Ledger::get().remove(*this);
   replays_.clear();
   inputs_.clear();
-  inference_inputs_.clear();
   stash_.clear();
   ambient_ = AmbientState();
   program_.reset();
 }
 
 void Segment::end_forward() {
+  for (auto& input : inputs_) {
+    // Changed in place, it has a history inside of this segment's own graph: kept,
+    // it would close a cycle that nobody frees. No replay can use it anyway.
+    if (input.version.enabled() && input.version.current_version() != input.saved_version) {
+      input.saved = ag::SavedVariable();
+      input.changed_inside = true;
+    }
+  }
   RngSnapshot moved = stash_;
-  moved.keep_only_moved();
+  moved.keep_what_a_replay_needs(devices_);
   if (options_.preserve_rng_state) {
     const auto unknown = moved.add_newcomers(known_generators_);
     if (!unknown.empty()) {
@@ -103,7 +117,7 @@ void Segment::end_forward() {
     ledger.count_bytes(bytes);
   }
   if (row_) {
-    auto names = stash_.names();
+    auto names = stash_.names_of_moved();
     auto lock = ledger.lock_rows();
     row_->slots = slots_.size();
     row_->bytes = bytes;
@@ -140,19 +154,30 @@ uint32_t Segment::record(const at::Tensor& tensor) {
                         std::find(input_storages_.begin(), input_storages_.end(),
                                   tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
   const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, meta);
+  Slot slot;
+  if (checks_versions_ && !tensor.is_inference()) {
+    slot.version = ag::impl::version_counter(tensor);
+    slot.saved_version = slot.version.current_version();
+  }
 
   std::lock_guard<std::mutex> lock(mutex_);
-  Slot slot;
+  note_device(meta.device);
   slot.where = where;
   slot.first_size = static_cast<uint32_t>(sizes_.size());
   slot.dim = static_cast<uint16_t>(meta.sizes.size());
   slot.dtype = meta.dtype;
   slot.device = meta.device;
   sizes_.insert(sizes_.end(), meta.sizes.begin(), meta.sizes.end());
-  slots_.push_back(slot);
+  slots_.push_back(std::move(slot));
   ++live_;
   bytes_not_saved_ += bytes;
   return static_cast<uint32_t>(slots_.size() - 1);
+}
+
+void Segment::note_device(c10::Device device) {
+  if (std::find(devices_.begin(), devices_.end(), device) == devices_.end()) {
+    devices_.push_back(device);
+  }
 }
 
 void Segment::release(uint32_t index) noexcept {
@@ -190,16 +215,23 @@ Replay* Segment::find_replay(const compat::ReplayKey& key) const {
 
 at::Tensor Segment::unpack(uint32_t index) {
   const compat::ReplayKey key = compat::current_replay_key();
+  // Declared before the lock, so that they are destroyed after it is let go, and
+  // looked up before it is taken: both may need the interpreter lock.
+  auto group = compat::current_group();
+  const bool keep = key.is_group() && host().reports_its_end(key.group);
+  c10::intrusive_ptr<Replay> replay;
+  bool registered = key.is_group();
+
   std::unique_lock<std::mutex> lock(mutex_);
+  check_version(lock, index);
   if (key.none()) {
     // Somebody looks at a saved tensor outside of backward.
     return replay_one(lock, index);
   }
   while (true) {
-    c10::intrusive_ptr<Replay> replay;
-    if (Replay* known = find_replay(key)) {
-      replay = c10::intrusive_ptr<Replay>::reclaim_copy(known);
-    }
+    Replay* known = find_replay(key);
+    replay = known != nullptr ? c10::intrusive_ptr<Replay>::reclaim_copy(known)
+                              : c10::intrusive_ptr<Replay>();
     if (replay && replay->running) {
       if (replay->runner == std::this_thread::get_id()) {
         lock.unlock();
@@ -214,7 +246,7 @@ at::Tensor Segment::unpack(uint32_t index) {
         // ever (a GraphExecGroup over threads whose functions run backward).
         return replay_one(lock, index);
       }
-      wait_for_replay(lock);
+      wait_for_replay(lock, replay->runner);
       continue;
     }
     if (replay) {
@@ -223,22 +255,47 @@ at::Tensor Segment::unpack(uint32_t index) {
       }
       // Handed over before, in the same backward: from now on keep.
       replay->keep_from_now_on();
+    } else if (!registered) {
+      lock.unlock();
+      forget_at_end_of_graph_task(key);
+      registered = true;
+      lock.lock();
+      continue;  // another thread may have been quicker
     } else {
-      replay = c10::make_intrusive<Replay>(key, compat::current_group());
+      replay = c10::make_intrusive<Replay>(key, keep, std::move(group));
       replays_.push_back(replay);
-      if (!key.is_group()) {
-        lock.unlock();
-        forget_at_end_of_graph_task(key);
-        lock.lock();
-      }
     }
     replay->start(*this, std::nullopt);
     run_replay(lock, replay);
   }
 }
 
+void Segment::check_version(std::unique_lock<std::mutex>& lock, uint32_t index) {
+  const Slot& slot = slots_[index];
+  if (!slot.version.enabled()) {
+    return;
+  }
+  const auto now = slot.version.current_version();
+  if (now == slot.saved_version) {
+    return;
+  }
+  const auto meta = TensorMeta::of(slot, sizes_);
+  const auto where = slot.where;
+  const auto then = slot.saved_version;
+  lock.unlock();
+  const std::string node = compat::current_node_name();
+  host().throw_checkpoint_error(c10::str(
+      "torch_reprise: one of the variables needed for gradient computation has been modified by "
+      "an inplace operation after it was saved in ",
+      name(), ": position ", index, ", ", meta.describe(), ", saved at ", host().describe(where),
+      node.empty() ? "" : ", needed by " + node, "; it was at version ", then,
+      " and is at version ", now,
+      ". The program without checkpointing stops here too: a gradient from the new value "
+      "would be another one. Change a copy instead, or change it after backward."));
+}
+
 at::Tensor Segment::replay_one(std::unique_lock<std::mutex>& lock, uint32_t index) {
-  auto replay = c10::make_intrusive<Replay>(compat::ReplayKey(), std::nullopt);
+  auto replay = c10::make_intrusive<Replay>(compat::ReplayKey(), /*keep=*/false, std::nullopt);
   replay->start(*this, index);
   run_replay(lock, replay);
   return replay->take(index);
@@ -266,29 +323,40 @@ std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::Repl
   std::vector<c10::intrusive_ptr<Replay>> taken;
   std::lock_guard<std::mutex> lock(mutex_);
   for (size_t i = replays_.size(); i-- > 0;) {
-    if (replays_[i]->key() == key && !replays_[i]->running) {
-      taken.push_back(std::move(replays_[i]));
-      replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (!(replays_[i]->key() == key)) {
+      continue;
     }
+    if (replays_[i]->running) {
+      replays_[i]->expired = true;  // on another thread; run_replay drops it
+      continue;
+    }
+    taken.push_back(std::move(replays_[i]));
+    replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
   }
   return taken;
 }
 
-void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock) {
+void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock, std::thread::id runner) {
   // The interpreter lock must be given up before mutex_ is waited for, and taken
   // back after mutex_ is let go: the running replay needs both in turn.
   lock.unlock();
   {
-    InterpreterReleased released;
+    const InterpreterReleased released;
+    const bool holds_lease = GeneratorLease::held_by_this_chain();
     std::unique_lock<std::mutex> waiting(mutex_);
-    replay_done_.wait(waiting, [this] {
-      for (const auto& replay : replays_) {
-        if (replay->running) {
-          return false;
-        }
+    const auto over = [this] {
+      return std::none_of(replays_.begin(), replays_.end(),
+                          [](const auto& replay) { return replay->running; });
+    };
+    // Whoever holds the lease looks again now and then: the runner may have come
+    // to wait for it meanwhile.
+    while (!over() && !(holds_lease && GeneratorLease::is_waiting(runner))) {
+      if (holds_lease) {
+        replay_done_.wait_for(waiting, std::chrono::milliseconds(5));
+      } else {
+        replay_done_.wait(waiting);
       }
-      return true;
-    });
+    }
   }
   lock.lock();
 }
@@ -315,7 +383,7 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
   std::vector<c10::intrusive_ptr<Replay>> dropped;
   lock.lock();
   replay->running = false;
-  if (error) {
+  if (error || replay->expired) {
     for (size_t i = replays_.size(); i-- > 0;) {
       if (replays_[i].get() == replay.get()) {
         dropped.push_back(std::move(replays_[i]));
@@ -335,16 +403,19 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
 // Inputs
 // ---------------------------------------------------------------------------
 
-std::vector<at::Tensor> Segment::unpack_inputs() {
-  std::lock_guard<std::mutex> lock(inputs_mutex_);
+std::vector<at::Tensor> Segment::unpack_inputs() const {
   std::vector<at::Tensor> inputs;
   inputs.reserve(inputs_.size());
   for (size_t i = 0; i < inputs_.size(); ++i) {
-    if (i < inference_inputs_.size() && inference_inputs_[i].defined()) {
-      inputs.push_back(inference_inputs_[i]);
-    } else {
-      inputs.push_back(inputs_[i].unpack());
+    const Input& input = inputs_[i];
+    if (input.changed_inside) {
+      host().throw_checkpoint_error(c10::str(
+          "torch_reprise: ", name(), " changed tensor argument ", i,
+          " in place (one of the variables needed for gradient computation has been modified by an "
+          "inplace operation): it cannot be called again with the value that it was given. Change "
+          "a copy inside of the function."));
     }
+    inputs.push_back(input.inference.defined() ? input.inference : input.saved.unpack());
   }
   return inputs;
 }

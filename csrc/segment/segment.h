@@ -39,6 +39,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <unordered_set>
 #include <vector>
 
@@ -82,6 +83,7 @@ struct SegmentOptions {
   bool early_stop = true;
   bool check_determinism = true;  // shapes, dtypes, devices
   bool check_rng = true;          // where the replay leaves the generators
+  bool check_versions = true;     // in-place changes of tensors that were saved
 };
 
 class Segment final : public c10::intrusive_ptr_target {
@@ -108,7 +110,7 @@ class Segment final : public c10::intrusive_ptr_target {
 
   // --- the replay's side ---
   // The inputs as tensors again, version-checked; may replay an enclosing segment.
-  std::vector<at::Tensor> unpack_inputs();
+  std::vector<at::Tensor> unpack_inputs() const;
   Program& program() { return *program_; }
   RngSnapshot& stash() { return stash_; }
   const AmbientState& ambient() const { return ambient_; }
@@ -136,7 +138,11 @@ class Segment final : public c10::intrusive_ptr_target {
   void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
   // Recomputes one slot; nothing is kept.
   at::Tensor replay_one(std::unique_lock<std::mutex>& lock, uint32_t index);
-  void wait_for_replay(std::unique_lock<std::mutex>& lock);
+  void wait_for_replay(std::unique_lock<std::mutex>& lock, std::thread::id runner);
+  // Throws if the tensor of a slot was changed in place since it was saved: the
+  // check that autograd makes where it keeps the tensor.
+  void check_version(std::unique_lock<std::mutex>& lock, uint32_t index);
+  void note_device(c10::Device device);
   Replay* find_replay(const compat::ReplayKey& key) const;
   // What was recomputed for `key`, taken out so that the caller can drop it
   // unlocked: the graph task or group is over.
@@ -152,6 +158,9 @@ class Segment final : public c10::intrusive_ptr_target {
   // Begun inside of a replay: the same segment as one of the forward, and not
   // counted a second time.
   bool in_replay_ = false;
+  // Versions are compared unless hooks of the user's keep the values: then
+  // autograd does not compare either.
+  bool checks_versions_ = true;
   std::shared_ptr<LedgerRow> row_;  // shared with a recording; null when none is on
 
   // Written at begin and end of the forward, read-only after. While the forward
@@ -159,12 +168,16 @@ class Segment final : public c10::intrusive_ptr_target {
   RngSnapshot stash_;
   c10::SmallVector<at::Generator, 2> known_generators_;  // at entry; cleared with the forward
 
-  // The tensor arguments. Guarded by inputs_mutex_: unpacking may run hooks and
-  // enclosing replays, so mutex_ would be held too long.
-  std::mutex inputs_mutex_;
-  std::vector<torch::autograd::SavedVariable> inputs_;
-  std::vector<at::Tensor>
-      inference_inputs_;  // parallel to inputs_; defined where SavedVariable refuses
+  // The tensor arguments. Read-only after the forward: unpacking changes nothing.
+  struct Input {
+    torch::autograd::SavedVariable saved;
+    at::Tensor inference;  // defined where SavedVariable refuses
+    // Of arguments with a history: fn must not change them in place.
+    c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
+    uint32_t saved_version = 0;
+    bool changed_inside = false;
+  };
+  std::vector<Input> inputs_;
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
   c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
 
@@ -175,6 +188,7 @@ class Segment final : public c10::intrusive_ptr_target {
   std::vector<int64_t> sizes_;  // of all slots, see Slot::first_size
   uint32_t live_ = 0;
   bool forward_done_ = false;
+  c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
   std::vector<c10::intrusive_ptr<Replay>> replays_;  // nearly always none or one
 

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
+#include <c10/core/TensorImpl.h>
 
 #include <cstdint>
 #include <string>
@@ -29,6 +30,10 @@ struct Slot {
   uint16_t dim = 0;
   c10::ScalarType dtype = c10::ScalarType::Undefined;
   c10::Device device = c10::Device(c10::kCPU);
+  // The tensor's version counter, shared with it and without its memory, and
+  // where it stood. Not enabled: nothing to compare.
+  c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
+  uint32_t saved_version = 0;
   bool live = true;  // false once autograd let go of it; guarded by the segment's mutex
 };
 

@@ -10,6 +10,7 @@
 #include "rng/generator_state.h"
 #include "rng/rng_scope.h"
 #include "rng/rng_snapshot.h"
+#include "test_host.h"
 
 using reprise::GeneratorState;
 
@@ -56,6 +57,8 @@ class OpaqueGenerator final : public CountingGenerator {
     return state.getIntrusivePtr();
   }
 };
+
+const c10::SmallVector<c10::Device, 2> kNoDevices;
 
 template <typename Impl, typename... Args>
 at::Generator make(Args... args) {
@@ -135,10 +138,12 @@ TEST(an_unknown_backend_is_opaque) {
 }
 
 TEST(a_scope_rewinds_and_puts_back) {
+  TestHost::install();
   at::manual_seed(1);
   auto stash = reprise::RngSnapshot::capture_defaults();
+  stash.stamp();
   const auto drawn = at::rand({5});
-  stash.keep_only_moved();
+  stash.keep_what_a_replay_needs(kNoDevices);
   EXPECT(stash.names() == std::vector<std::string>{"cpu"});
   const auto after = at::globalContext().defaultGenerator(at::kCPU).get_state();
   {
@@ -150,9 +155,11 @@ TEST(a_scope_rewinds_and_puts_back) {
 }
 
 TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
+  TestHost::install();
   at::manual_seed(1);
   auto stash = reprise::RngSnapshot::capture_defaults();
-  stash.keep_only_moved();
+  stash.stamp();
+  stash.keep_what_a_replay_needs(kNoDevices);
   EXPECT(stash.empty());
   const auto before = at::globalContext().defaultGenerator(at::kCPU).get_state();
   {
@@ -162,6 +169,37 @@ TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
   EXPECT(at::equal(at::globalContext().defaultGenerator(at::kCPU).get_state(), before));
   std::unordered_set<const void*> seen;
   EXPECT_EQ(stash.nbytes(seen), 0u);
+}
+
+TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
+  at::manual_seed(1);
+  auto stash = reprise::RngSnapshot::capture_defaults();
+  stash.stamp();
+  auto generator = at::globalContext().defaultGenerator(at::kCPU);
+  const auto tensor = generator.get_state();
+  at::rand({3});
+  generator.set_state(tensor);
+  stash.keep_what_a_replay_needs(kNoDevices);
+  EXPECT_EQ(stash.size(), 1u);
+  EXPECT(stash.names_of_moved().empty());
+}
+
+TEST(marks_go_with_a_seed_and_stay_with_draws) {
+  auto generator = at::detail::createCPUGenerator(3);
+  const auto before = generator.get_state();
+  GeneratorState::stamp(generator);
+  EXPECT(at::equal(generator.get_state(), before));  // not to be seen
+  const auto captured = GeneratorState::capture(generator);
+  EXPECT(captured.is_untouched_since(generator));
+  generator.get<at::CPUGeneratorImpl>()->random();
+  EXPECT(!captured.is_untouched_since(generator));
+  captured.apply(generator);
+  EXPECT(captured.is_state_of(generator));
+  EXPECT(!captured.is_untouched_since(generator));  // put back is not untouched
+  GeneratorState::stamp(generator);
+  EXPECT(captured.is_untouched_since(generator));
+  generator.set_current_seed(3);
+  EXPECT(!captured.is_untouched_since(generator));
 }
 
 TEST_MAIN()

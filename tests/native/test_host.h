@@ -46,6 +46,8 @@ class TestHost final : public reprise::Host {
 
   void* release_interpreter() noexcept override { return nullptr; }
   void reacquire_interpreter(void*) noexcept override {}
+  bool reports_its_end(PyObject*) noexcept override { return true; }
+  bool is_alone() noexcept override { return true; }
   [[noreturn]] void throw_early_stop() override { throw EarlyStop(); }
   [[noreturn]] void throw_checkpoint_error(const std::string& message) override {
     throw CheckpointError(message);
