@@ -104,7 +104,13 @@ def test_signature(ours: ModuleType, name: str) -> None:
         return dict(inspect.signature(function).parameters)
 
     theirs, mine = parameters(reference), parameters(ours)
-    assert [n for n in mine if n in theirs] == list(theirs)
+    by_keyword = inspect.Parameter.KEYWORD_ONLY
+
+    def in_order(parameters: dict[str, inspect.Parameter]) -> list[str]:
+        return [n for n, p in parameters.items() if n in theirs and p.kind is not by_keyword]
+
+    assert set(theirs) <= set(mine)
+    assert in_order(mine) == in_order(theirs)
     for parameter in (mine[n] for n in mine if n not in theirs):
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert parameter.default is not inspect.Parameter.empty
