@@ -26,7 +26,7 @@ from ._errors import (
     require_optional_bool,
 )
 from ._host_rng import with_host_rng
-from .debug import DebugSession, debug_enabled
+from .debug import DebugSession, debug_enabled, debug_setting
 
 __all__ = [
     "CheckpointError",
@@ -291,7 +291,7 @@ def checkpoint(
         and preserve_rng_state is True
         and respect_saved_tensors_hooks is None
         and callable(function)
-        and not debug_enabled(False)
+        and debug_setting.get() is not True
     ):
         # The common call: nothing to check, nothing to build.
         flags = _ALL_FLAGS if _early_stop.get() is not False else _ALL_FLAGS & ~_C.EARLY_STOP

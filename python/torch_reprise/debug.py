@@ -22,7 +22,7 @@ from . import _compat
 
 __all__ = ["set_checkpoint_debug_enabled"]
 
-_enabled: ContextVar[bool | None] = ContextVar("torch_reprise.debug", default=None)
+debug_setting: ContextVar[bool | None] = ContextVar("torch_reprise.debug", default=None)
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 ContextFn = Callable[[], Contexts]
@@ -48,10 +48,10 @@ class set_checkpoint_debug_enabled:
         self._tokens: list[Any] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_enabled.set(self._value))
+        self._tokens.append(debug_setting.set(self._value))
 
     def __exit__(self, *exc: object) -> None:
-        _enabled.reset(self._tokens.pop())
+        debug_setting.reset(self._tokens.pop())
 
 
 class _Operator(NamedTuple):
@@ -195,5 +195,5 @@ class _Reusable(AbstractContextManager[Any]):
 
 def debug_enabled(argument: bool) -> bool:
     """The argument, unless :class:`set_checkpoint_debug_enabled` says otherwise."""
-    setting = _enabled.get()
+    setting = debug_setting.get()
     return argument if setting is None else setting
