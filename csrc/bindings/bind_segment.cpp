@@ -1,6 +1,5 @@
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <chrono>
 #include <optional>
 
 #include "bindings/bind.h"
@@ -34,53 +33,17 @@ SegmentOptions options_of(long flags) {
           .check_rng = (flags & kCheckRng) != 0};
 }
 
-// As the with statement does, the type is asked: a class that was not called
-// has the methods and is no context manager.
-bool is_context_manager(PyObject* object) {
-  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return PyObject_HasAttrString(type, "__enter__") != 0 &&
-         PyObject_HasAttrString(type, "__exit__") != 0;
-}
-
-// The two contexts of context_fn(). Throws a TypeError that is set.
+// The two contexts of a context_fn, which torch_reprise/_contexts.py has checked.
+// Throws the Python error that is set.
 std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
   Ref pair = checked(PyObject_CallNoArgs(context_fn));
-  Ref items = Ref::steal(PySequence_Fast(pair.get(), ""));
-  if (!items || PySequence_Fast_GET_SIZE(items.get()) != 2 ||
-      !is_context_manager(PySequence_Fast_GET_ITEM(items.get(), 0)) ||
-      !is_context_manager(PySequence_Fast_GET_ITEM(items.get(), 1))) {
-    PyErr_Format(PyExc_TypeError,
-                 "context_fn must return two context managers, one for the forward and one for "
-                 "the replay; it returned %.200R",
-                 pair.get());
+  PyObject* forward = nullptr;
+  PyObject* replay = nullptr;
+  if (PyArg_ParseTuple(pair.get(), "OO", &forward, &replay) == 0) {
     throw_python_error();
   }
-  return {Ref::borrow(PySequence_Fast_GET_ITEM(items.get(), 0)),
-          Ref::borrow(PySequence_Fast_GET_ITEM(items.get(), 1))};
+  return {Ref::borrow(forward), Ref::borrow(replay)};
 }
-
-// Adds the time of a scope to a segment's row, if somebody records.
-class ForwardTimer {
- public:
-  explicit ForwardTimer(const Segment& segment) : row_(segment.row()) {
-    if (row_) {
-      start_ = std::chrono::steady_clock::now();
-    }
-  }
-  ~ForwardTimer() {
-    if (row_) {
-      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
-      auto lock = Ledger::get().lock_rows();
-      row_->forward_seconds += elapsed.count();
-    }
-  }
-  ForwardTimer(const ForwardTimer&) = delete;
-  ForwardTimer& operator=(const ForwardTimer&) = delete;
-
- private:
-  std::shared_ptr<LedgerRow> row_;
-  std::chrono::steady_clock::time_point start_;
-};
 
 // The explicit generators of a call: in the arguments (found already), in reach of
 // the function, or given by the user (`given`: a tuple or None).
@@ -136,7 +99,7 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   bool suppressed = false;
   Ref result;
   {
-    const ForwardTimer timer(*segment);
+    const RowTimer timer(segment->row(), &LedgerRow::forward_seconds);
     compat::HookScope hooks(host().make_hook_pair(c10::make_intrusive<ForwardRecorder>(segment)));
     result = call_in_context(forward_context.get(), function, args, kwargs, &suppressed);
   }
@@ -199,7 +162,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   }
   Ref result;
   {
-    const ForwardTimer timer(*segment);
+    const RowTimer timer(segment->row(), &LedgerRow::forward_seconds);
     const c10::AutoGradMode no_grad(false);
     result = Ref::steal(PyObject_Call(function, args, kwargs));
   }

@@ -119,15 +119,6 @@ void GeneratorState::stamp(at::Generator& generator) {
   }
 }
 
-bool GeneratorState::was_only_drawn_from(const at::Generator& generator) {
-  if (kind_of(generator) != Kind::kMt19937) {
-    return false;
-  }
-  auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
-  std::lock_guard<std::mutex> lock(cpu.mutex_);
-  return is_marked(cpu.engine().data());
-}
-
 bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   if (kind_ != Kind::kMt19937) {
     return false;
@@ -349,6 +340,7 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
       const at::mt19937_data_pod engine = cpu.engine().data();
       mark.seed_ = engine.seed_;
+      mark.only_drawn_to_ = is_marked(engine);
       // A fresh block is made when the words of the last one are used up.
       mark.position_ = engine.left_ == 1 ? 624 : engine.next_;
       mark.block_ = hash_bytes(engine.state_.data(), sizeof(engine.state_));

@@ -49,8 +49,6 @@ class GeneratorState {
   // the state is this one. Always false for other kinds than mt19937.
   static void stamp(at::Generator& generator);
   bool is_untouched_since(const at::Generator& generator) const;
-  // Has the generator only been drawn from since stamp()? False where unknown.
-  static bool was_only_drawn_from(const at::Generator& generator);
 
   // Takes the generator's mutex, as every reader of a generator must.
   // Consecutive captures of a CPU generator that did not move in between give
@@ -89,7 +87,7 @@ class GeneratorState {
 };
 
 // Where a generator stands, to be compared and told but not restored: what a
-// replay is checked against. 40 bytes for every kind.
+// replay is checked against. 48 bytes for every kind.
 class GeneratorMark {
  public:
   static GeneratorMark of(const at::Generator& generator);
@@ -98,6 +96,8 @@ class GeneratorMark {
   // Is this further on than `other`? Unknown for opaque states, after a new
   // seed, and for mt19937 unless both stand in the same block of 624 words.
   bool is_beyond(const GeneratorMark& other) const;
+  // Did the generator come here by draws alone since stamp()? False where unknown.
+  bool only_drawn_to() const { return only_drawn_to_; }
   std::string describe() const;
 
  private:
@@ -105,9 +105,10 @@ class GeneratorMark {
 
   GeneratorState::Kind kind_ = GeneratorState::Kind::kPhilox;
   uint64_t seed_ = 0;
-  uint64_t position_ = 0;  // philox: offset; mt19937: word of the block
-  uint64_t block_ = 0;     // mt19937: hash of the 624 words; opaque: of all bytes
-  uint64_t cached_ = 0;    // mt19937: hash of the cached normal samples
+  uint64_t position_ = 0;       // philox: offset; mt19937: word of the block
+  uint64_t block_ = 0;          // mt19937: hash of the 624 words; opaque: of all bytes
+  uint64_t cached_ = 0;         // mt19937: hash of the cached normal samples
+  bool only_drawn_to_ = false;  // how it came here, not where it is: not compared
 };
 
 }  // namespace reprise

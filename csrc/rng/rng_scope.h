@@ -24,8 +24,7 @@ class RngScope {
     }
     turns_ = GeneratorLease::turns();
     if (!GeneratorLease::held_by_others()) {
-      others_ = RngSnapshot::capture_defaults();
-      others_.leave_out(stash);
+      others_ = RngSnapshot::capture_defaults_except(stash);
     }
     outer_ = RngSnapshot::capture(generators);
     try {
@@ -53,8 +52,8 @@ class RngScope {
     }
     std::string text = stash_.divergence(stopped_early);
     if (was_moved_by_us()) {
-      for (const auto& name : others_.restore_moved()) {
-        text += (text.empty() ? "generator " : "\n  generator ") + name +
+      for (const auto& generator : others_.restore_moved()) {
+        text += (text.empty() ? "generator " : "\n  generator ") + generator_name(generator) +
                 "\n    the forward did not draw from it, the replay did";
       }
     }

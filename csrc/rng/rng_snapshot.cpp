@@ -87,34 +87,31 @@ std::string generator_name(const at::Generator& generator) {
 }
 
 RngSnapshot RngSnapshot::capture_defaults(Generators others) {
-  RngSnapshot snapshot;
-  for (auto& generator : default_generators()) {
-    auto state = GeneratorState::capture(generator);
-    snapshot.entries_.push_back(
-        {std::move(generator), std::move(state), std::nullopt, false, false});
-  }
-  for (const auto& generator : others) {
-    if (!snapshot.contains(generator)) {
-      snapshot.entries_.push_back(
-          {generator, GeneratorState::capture(generator), std::nullopt, false, false});
-    }
-  }
-  return snapshot;
+  auto generators = default_generators();
+  generators.append(others.begin(), others.end());
+  return capture(generators);
+}
+
+RngSnapshot RngSnapshot::capture_defaults_except(const RngSnapshot& known) {
+  auto generators = default_generators();
+  generators.erase(std::remove_if(generators.begin(), generators.end(),
+                                  [&known](const auto& g) { return known.contains(g); }),
+                   generators.end());
+  return capture(generators);
 }
 
 RngSnapshot RngSnapshot::capture(Generators generators) {
   RngSnapshot snapshot;
   for (const auto& generator : generators) {
     if (!snapshot.contains(generator)) {
-      snapshot.entries_.push_back(
-          {generator, GeneratorState::capture(generator), std::nullopt, false, false});
+      snapshot.add(generator, GeneratorState::capture(generator));
     }
   }
   return snapshot;
 }
 
 void RngSnapshot::add(at::Generator generator, GeneratorState state) {
-  entries_.push_back({std::move(generator), std::move(state), std::nullopt, false, false});
+  entries_.push_back({std::move(generator), std::move(state), std::nullopt, false});
 }
 
 bool RngSnapshot::contains(const at::Generator& generator) const {
@@ -129,24 +126,17 @@ void RngSnapshot::stamp() {
 }
 
 void RngSnapshot::keep_what_a_replay_needs(const c10::SmallVectorImpl<c10::Device>& devices) {
-  for (auto& entry : entries_) {
-    entry.moved = !entry.state.is_state_of(entry.generator);
-  }
-  entries_.erase(std::remove_if(entries_.begin(), entries_.end(),
-                                [&devices](const Entry& e) {
-                                  if (e.moved) {
-                                    return false;
-                                  }
-                                  if (e.state.kind() == GeneratorState::Kind::kMt19937) {
-                                    return e.state.is_untouched_since(e.generator);
-                                  }
-                                  return std::find(devices.begin(), devices.end(),
-                                                   e.generator.device()) == devices.end();
-                                }),
-                 entries_.end());
+  const auto is_not_needed = [&devices](Entry& e) {
+    if (e.state.is_untouched_since(e.generator)) {
+      return true;
+    }
+    e.moved = !e.state.is_state_of(e.generator);
+    return !e.moved && e.state.kind() != GeneratorState::Kind::kMt19937 &&
+           std::find(devices.begin(), devices.end(), e.generator.device()) == devices.end();
+  };
+  entries_.erase(std::remove_if(entries_.begin(), entries_.end(), is_not_needed), entries_.end());
   for (auto& entry : entries_) {
     entry.end = GeneratorMark::of(entry.generator);
-    entry.only_drawn = GeneratorState::was_only_drawn_from(entry.generator);
   }
 }
 
@@ -176,11 +166,10 @@ bool is_fresh(const at::Generator& generator) {
 
 }  // namespace
 
-std::vector<std::string> RngSnapshot::add_newcomers(
-    const c10::SmallVectorImpl<at::Generator>& known_before) {
+std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   std::vector<std::string> unknown;
   for (auto& generator : default_generators()) {
-    if (std::find(known_before.begin(), known_before.end(), generator) != known_before.end()) {
+    if (before.contains(generator)) {
       continue;
     }
     if (GeneratorState::kind_of(generator) != GeneratorState::Kind::kPhilox) {
@@ -192,7 +181,7 @@ std::vector<std::string> RngSnapshot::add_newcomers(
     auto state = GeneratorState::philox(generator.current_seed(), 0);
     if (!state.is_state_of(generator)) {
       auto end = GeneratorMark::of(generator);
-      entries_.push_back({std::move(generator), std::move(state), end, true, false});
+      entries_.push_back({std::move(generator), std::move(state), end, true});
     }
   }
   return unknown;
@@ -205,7 +194,8 @@ std::string RngSnapshot::divergence(bool stopped_early) const {
     }
     const auto now = GeneratorMark::of(entry.generator);
     // A forward that sets its generator may be anywhere when it is stopped.
-    if (stopped_early ? !entry.only_drawn || !now.is_beyond(*entry.end) : now == *entry.end) {
+    if (stopped_early ? !entry.end->only_drawn_to() || !now.is_beyond(*entry.end)
+                      : now == *entry.end) {
       continue;
     }
     // Left where it began: another thread may have drawn during the forward.
@@ -232,20 +222,14 @@ bool RngSnapshot::any_moved() const {
                      [](const Entry& e) { return !e.state.is_state_of(e.generator); });
 }
 
-void RngSnapshot::leave_out(const RngSnapshot& other) {
-  entries_.erase(std::remove_if(entries_.begin(), entries_.end(),
-                                [&other](const Entry& e) { return other.contains(e.generator); }),
-                 entries_.end());
-}
-
-std::vector<std::string> RngSnapshot::restore_moved() {
-  std::vector<std::string> moved;
+c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved() {
+  c10::SmallVector<at::Generator, 2> moved;
   std::exception_ptr error;
   for (auto& entry : entries_) {
     try {
       if (!entry.state.is_state_of(entry.generator)) {
         entry.state.apply(entry.generator);
-        moved.push_back(generator_name(entry.generator));
+        moved.push_back(entry.generator);
       }
     } catch (...) {
       error = std::current_exception();

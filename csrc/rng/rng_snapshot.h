@@ -45,6 +45,8 @@ class RngSnapshot {
   // The default generators, and `others` (explicit torch.Generator objects).
   // Each once, however often it is named.
   static RngSnapshot capture_defaults(Generators others = {});
+  // The default generators that `known` does not have.
+  static RngSnapshot capture_defaults_except(const RngSnapshot& known);
   // Only `generators`.
   static RngSnapshot capture(Generators generators);
 
@@ -59,7 +61,8 @@ class RngSnapshot {
   // After that: generators that exist now and did not when this was
   // captured, and that moved since. A Philox generator began at offset 0 with
   // the seed it has; of others nothing is known: their names are returned.
-  std::vector<std::string> add_newcomers(const c10::SmallVectorImpl<at::Generator>& known_before);
+  // `before`: the whole snapshot of the segment's beginning.
+  std::vector<std::string> add_newcomers(const RngSnapshot& before);
   // The first generator that does not stand where the forward left it, in words;
   // empty if there is none. `stopped_early`: it may stand before that, not beyond.
   std::string divergence(bool stopped_early) const;
@@ -67,11 +70,9 @@ class RngSnapshot {
   // --- restoring ---
   bool any_moved() const;
   // Puts back the generators that do not stand where they were captured, and
-  // returns their names. An error of one does not keep the others from being put
+  // returns them. An error of one does not keep the others from being put
   // back; it is thrown at the end.
-  std::vector<std::string> restore_moved();
-  // Forgets the generators that `other` has.
-  void leave_out(const RngSnapshot& other);
+  c10::SmallVector<at::Generator, 2> restore_moved();
   // Puts every generator where it was captured.
   void apply();
 
@@ -95,7 +96,6 @@ class RngSnapshot {
     GeneratorState state;              // where it was captured
     std::optional<GeneratorMark> end;  // where the forward left it, once that is over
     bool moved = false;                // by the forward, as far as its end tells
-    bool only_drawn = false;           // by the forward: it went nowhere but ahead
   };
   // One entry inline: most programs have the CPU alone, most stashes one device.
   c10::SmallVector<Entry, 1> entries_;

@@ -79,6 +79,29 @@ size_t Ledger::stashed_bytes() const {
   return total;
 }
 
+void Ledger::count_replay(LedgerRow* row) {
+  replays_.fetch_add(1, std::memory_order_relaxed);
+  if (row != nullptr) {
+    auto lock = lock_rows();
+    ++row->replays;
+  }
+}
+
+RowTimer::RowTimer(std::shared_ptr<LedgerRow> row, double LedgerRow::* seconds)
+    : row_(std::move(row)), seconds_(seconds) {
+  if (row_) {
+    start_ = std::chrono::steady_clock::now();
+  }
+}
+
+RowTimer::~RowTimer() {
+  if (row_) {
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
+    auto lock = Ledger::get().lock_rows();
+    (*row_).*seconds_ += elapsed.count();
+  }
+}
+
 std::shared_ptr<Ledger::Recording> Ledger::start_recording() {
   auto recording = std::make_shared<Recording>();
   auto lock = lock_rows();

@@ -8,6 +8,7 @@
 #include <c10/util/intrusive_ptr.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -52,7 +53,8 @@ class Ledger {
   uint64_t segments() const { return segments_.load(std::memory_order_relaxed); }
   uint64_t replays() const { return replays_.load(std::memory_order_relaxed); }
   uint64_t bytes_not_saved() const { return bytes_not_saved_.load(std::memory_order_relaxed); }
-  void count_replay() { replays_.fetch_add(1, std::memory_order_relaxed); }
+  // `row`: of the segment that is replayed, or null.
+  void count_replay(LedgerRow* row);
   void count_bytes(uint64_t bytes) { bytes_not_saved_.fetch_add(bytes, std::memory_order_relaxed); }
 
   // A recording gets a row for each segment that begins while it is on.
@@ -78,6 +80,20 @@ class Ledger {
   std::mutex rows_mutex_;
   std::atomic<int> n_recordings_{0};
   std::vector<std::shared_ptr<Recording>> recordings_;
+};
+
+// Adds the time of a scope to a segment's row, if somebody records.
+class RowTimer {
+ public:
+  RowTimer(std::shared_ptr<LedgerRow> row, double LedgerRow::* seconds);
+  ~RowTimer();
+  RowTimer(const RowTimer&) = delete;
+  RowTimer& operator=(const RowTimer&) = delete;
+
+ private:
+  std::shared_ptr<LedgerRow> row_;  // null: nothing is timed
+  double LedgerRow::* seconds_;
+  std::chrono::steady_clock::time_point start_;
 };
 
 }  // namespace reprise

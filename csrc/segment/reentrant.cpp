@@ -7,12 +7,11 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <chrono>
+#include <optional>
 #include <unordered_set>
 
-#include "rng/rng_scope.h"
 #include "segment/ledger.h"
-#include "segment/replay.h"
+#include "segment/replay_scope.h"
 
 namespace reprise {
 
@@ -92,8 +91,8 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
                  "create_graph=True. The reentrant form has no graph to differentiate again: pass "
                  "use_reentrant=False."));
   }
-  Ledger::get().count_replay();
-  const auto start = std::chrono::steady_clock::now();
+  Ledger::get().count_replay(segment->row().get());
+  std::optional<RowTimer> timer(std::in_place, segment->row(), &LedgerRow::replay_seconds);
   std::vector<at::Tensor> inputs = segment->unpack_inputs();
   ag::edge_list input_edges;
   std::vector<c10::intrusive_ptr<GradientSink>> sinks;
@@ -109,28 +108,13 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   std::vector<at::Tensor> outputs;
   std::string rng_differs;
   {
-    const ReplayMark replaying;
-    const compat::NoInferenceMode no_inference;
-    // Backward calls inside of fn ask for what they ask for.
-    const compat::WantedLeaves own_calls(nullptr);
-    RngScope generators(segment->stash(), segment->options().preserve_rng_state);
-    AmbientScope ambient(segment->ambient());
-    c10::AutoGradMode gradients(true);
+    ReplayScope scope(*segment);
     outputs = segment->program().run_for_outputs(std::move(inputs));
-    if (segment->options().check_rng) {
-      rng_differs = generators.put_back_and_compare(/*stopped_early=*/false);
-    }
+    rng_differs = scope.check_generators(/*stopped_early=*/false);
   }
-  if (segment->row()) {
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    auto rows = Ledger::get().lock_rows();
-    segment->row()->replay_seconds += elapsed.count();
-    ++segment->row()->replays;
-  }
+  timer.reset();
   if (!rng_differs.empty()) {
-    host().throw_checkpoint_error(c10::str("torch_reprise: the replay of ", segment->name(),
-                                           " draws other random numbers than its forward did.\n  ",
-                                           rng_differs));
+    host().throw_checkpoint_error("torch_reprise: " + rng_differs);
   }
   if (outputs.size() != grads.size()) {
     host().throw_checkpoint_error(

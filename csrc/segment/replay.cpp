@@ -1,15 +1,13 @@
 #include "segment/replay.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <sstream>
 #include <utility>
 
-#include "ambient/ambient_state.h"
-#include "rng/rng_scope.h"
+#include "segment/replay_scope.h"
 #include "segment/segment.h"
 
 namespace reprise {
@@ -56,23 +54,18 @@ void Replay::run(Segment& segment) {
   std::vector<at::Tensor> inputs = segment.unpack_inputs();
   std::string rng_differs;
   {
-    const ReplayMark replaying;
-    const compat::NoInferenceMode no_inference;
-    RngScope generators(segment.stash(), segment.options().preserve_rng_state);
-    AmbientScope ambient(segment.ambient());
-    c10::AutoGradMode gradients(true);
+    ReplayScope scope(segment);
     compat::HookScope hooks(host().make_hook_pair(
         c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
                                             c10::intrusive_ptr<Replay>::reclaim_copy(this))));
     const auto outcome = segment.program().run(std::move(inputs), stopped_);
-    if (segment.options().check_rng && outcome != Program::Outcome::kWentOnAfterStop) {
-      rng_differs = generators.put_back_and_compare(outcome == Program::Outcome::kStopped);
+    if (outcome != Program::Outcome::kWentOnAfterStop) {
+      rng_differs = scope.check_generators(outcome == Program::Outcome::kStopped);
     }
   }
   check(segment);
   if (!rng_differs.empty()) {
-    fail(segment, "the replay of " + segment.name() +
-                      " draws other random numbers than its forward did.\n  " + rng_differs);
+    fail(segment, rng_differs);
   }
 }
 

@@ -60,7 +60,6 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   segment->ambient_ = AmbientState::capture();
   if (options.preserve_rng_state) {
     segment->stash_ = RngSnapshot::capture_defaults(generators);
-    segment->known_generators_ = segment->stash_.generators();
     segment->stash_.stamp();
   }
   return segment;
@@ -92,10 +91,10 @@ void Segment::end_forward() {
       input.changed_inside = true;
     }
   }
-  RngSnapshot moved = stash_;
-  moved.keep_what_a_replay_needs(devices_);
+  RngSnapshot needed = stash_;
+  needed.keep_what_a_replay_needs(devices_);
   if (options_.preserve_rng_state) {
-    const auto unknown = moved.add_newcomers(known_generators_);
+    const auto unknown = needed.add_newcomers(stash_);
     if (!unknown.empty()) {
       host().throw_checkpoint_error(
           c10::str("torch_reprise: ", name(), " is the first to use the device ", unknown.front(),
@@ -103,12 +102,11 @@ void Segment::end_forward() {
                    "cannot be told. Use the device once before the checkpoint (any tensor on it "
                    "will do), or pass preserve_rng_state=False."));
     }
-    known_generators_.clear();
   }
   uint64_t bytes = 0;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    std::swap(stash_, moved);
+    std::swap(stash_, needed);
     forward_done_ = true;
     bytes = bytes_not_saved_;
   }
@@ -285,8 +283,8 @@ void Segment::check_version(std::unique_lock<std::mutex>& lock, uint32_t index) 
   lock.unlock();
   const std::string node = compat::current_node_name();
   host().throw_checkpoint_error(c10::str(
-      "torch_reprise: one of the variables needed for gradient computation has been modified by "
-      "an inplace operation after it was saved in ",
+      "torch_reprise: a tensor that backward needs was modified by an inplace operation after it "
+      "was saved in ",
       name(), ": position ", index, ", ", meta.describe(), ", saved at ", host().describe(where),
       node.empty() ? "" : ", needed by " + node, "; it was at version ", then,
       " and is at version ", now,
@@ -366,19 +364,13 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
   replay->running = true;
   replay->runner = std::this_thread::get_id();
   lock.unlock();
+  Ledger::get().count_replay(row_.get());
   std::exception_ptr error;
-  const auto start = std::chrono::steady_clock::now();
   try {
+    const RowTimer timer(row_, &LedgerRow::replay_seconds);
     replay->run(*this);
   } catch (...) {
     error = std::current_exception();
-  }
-  Ledger::get().count_replay();
-  if (row_) {
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    auto rows = Ledger::get().lock_rows();
-    row_->replay_seconds += elapsed.count();
-    ++row_->replays;
   }
   std::vector<c10::intrusive_ptr<Replay>> dropped;
   lock.lock();
@@ -411,9 +403,8 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
     if (input.changed_inside) {
       host().throw_checkpoint_error(c10::str(
           "torch_reprise: ", name(), " changed tensor argument ", i,
-          " in place (one of the variables needed for gradient computation has been modified by an "
-          "inplace operation): it cannot be called again with the value that it was given. Change "
-          "a copy inside of the function."));
+          " in place: what backward needs was modified by an inplace operation, and the function "
+          "cannot be called again with the value that it was given. Change a copy inside of it."));
     }
     inputs.push_back(input.inference.defined() ? input.inference : input.saved.unpack());
   }

@@ -166,7 +166,6 @@ class Segment final : public c10::intrusive_ptr_target {
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.
   RngSnapshot stash_;
-  c10::SmallVector<at::Generator, 2> known_generators_;  // at entry; cleared with the forward
 
   // The tensor arguments. Read-only after the forward: unpacking changes nothing.
   struct Input {

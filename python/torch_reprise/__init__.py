@@ -46,25 +46,26 @@ _C.set_internal_paths(
 
 __version__ = _INFO.version
 
-__all__ = [
-    "SAC_IGNORED_OPS",
-    "CheckpointError",
-    "CheckpointFunction",
-    "CheckpointPolicy",
-    "Checkpointer",
-    "DefaultDeviceType",
-    "GraphExecGroup",
-    "SelectiveCheckpointContext",
-    "check_backward_validity",
+__all__ = [  # noqa: RUF022, by topic
     "checkpoint",
+    "Checkpointer",
     "checkpoint_sequential",
-    "create_selective_checkpoint_contexts",
-    "detach_variable",
-    "get_device_states",
-    "ledger",
-    "noop_context_fn",
-    "rng",
-    "set_checkpoint_debug_enabled",
+    "CheckpointFunction",
+    "CheckpointError",
+    "GraphExecGroup",
     "set_checkpoint_early_stop",
+    "set_checkpoint_debug_enabled",
+    "noop_context_fn",
+    "ledger",
+    "rng",
+    "DefaultDeviceType",
     "set_device_states",
+    "get_device_states",
+    "detach_variable",
+    "check_backward_validity",
+    # torch's own
+    "CheckpointPolicy",
+    "create_selective_checkpoint_contexts",
+    "SAC_IGNORED_OPS",
+    "SelectiveCheckpointContext",
 ]

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-ContextFn = Callable[[], Contexts]
+from ._contexts import ContextFn, Contexts
 
 
 class _State(NamedTuple):

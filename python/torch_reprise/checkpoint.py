@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from contextvars import ContextVar, Token
 from typing import Any, TypeVar, overload
 
@@ -18,6 +18,7 @@ import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 from . import _C, _compat
+from ._contexts import ContextFn, Contexts, make_contexts
 from ._errors import (
     CheckpointError,
     require_bool,
@@ -42,8 +43,6 @@ __all__ = [
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-ContextFn = Callable[[], Contexts]
 
 _early_stop: ContextVar[bool | None] = ContextVar("torch_reprise.early_stop", default=None)
 
@@ -119,6 +118,12 @@ def _validate(
             )
 
 
+def _validated(**options: Any) -> dict[str, Any]:
+    """The options of a call, after :func:`_validate`."""
+    _validate(**options)
+    return options
+
+
 def _flags(
     early_stop: bool, preserve_rng_state: bool, determinism_check: str, check_rng: bool
 ) -> int:
@@ -141,10 +146,9 @@ def _with_selective_support(
     """What selective checkpointing needs from us, if ``context_fn`` makes its contexts."""
 
     def contexts() -> Contexts:
-        pair = context_fn()
-        if isinstance(pair, (tuple, list)) and len(pair) == 2:
-            _compat.support_selective(pair[0], respect_hooks, preserve_rng_state)
-        return pair
+        forward, replay = make_contexts(context_fn)
+        _compat.support_selective(forward, respect_hooks, preserve_rng_state)
+        return forward, replay
 
     return contexts
 
@@ -263,8 +267,8 @@ def checkpoint(
         preserve_rng_state: replay with the random numbers of the forward, and
             leave the generators as if there had been no replay. Looks after the
             default generators of the CPU and of all initialised devices,
-            wherever the arguments are, and keeps only those states that the
-            forward moved.
+            wherever the arguments are, and keeps only states that a replay can
+            need.
         respect_saved_tensors_hooks: whether what selective checkpointing saves
             goes through the user's saved-tensor hooks; None is torch's default.
 
@@ -296,24 +300,15 @@ def checkpoint(
         # The common call: nothing to check, nothing to build.
         flags = _ALL_FLAGS if _early_stop.get() is not False else _ALL_FLAGS & ~_C.EARLY_STOP
         return _C.run_segment(function, args, kwargs, flags, None, None, None)
-    _validate(
-        use_reentrant,
-        context_fn,
-        determinism_check,
-        debug,
-        early_stop,
-        preserve_rng_state,
-        respect_saved_tensors_hooks,
+    options = _validated(
+        use_reentrant=use_reentrant,
+        context_fn=context_fn,
+        determinism_check=determinism_check,
+        debug=debug,
+        early_stop=early_stop,
+        preserve_rng_state=preserve_rng_state,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
     )
-    options = {
-        "use_reentrant": use_reentrant,
-        "context_fn": context_fn,
-        "determinism_check": determinism_check,
-        "debug": debug,
-        "early_stop": early_stop,
-        "preserve_rng_state": preserve_rng_state,
-        "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
-    }
     if function is None and not args:
         if kwargs:
             raise ValueError(
@@ -321,7 +316,7 @@ def checkpoint(
                 f"keyword arguments that it does not know: {', '.join(kwargs)}"
             )
         return functools.partial(_Checkpointed, options)
-    return _run(function, args, kwargs, **options)  # type: ignore[arg-type]
+    return _run(function, args, kwargs, **options)
 
 
 _ALL_FLAGS: int = _C.PRESERVE_RNG_STATE | _C.EARLY_STOP | _C.CHECK_DETERMINISM | _C.CHECK_RNG
@@ -403,23 +398,16 @@ class Checkpointer:
         generators = require_generators("generators", generators)
         if preserve_host_rng and use_reentrant:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
-        _validate(
-            use_reentrant,
-            context_fn,
-            determinism_check,
-            debug,
-            early_stop,
-            preserve_rng_state,
-            respect_saved_tensors_hooks,
-        )
         self._options: dict[str, Any] = {
-            "use_reentrant": use_reentrant,
-            "context_fn": context_fn,
-            "determinism_check": determinism_check,
-            "debug": debug,
-            "early_stop": early_stop,
-            "preserve_rng_state": preserve_rng_state,
-            "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
+            **_validated(
+                use_reentrant=use_reentrant,
+                context_fn=context_fn,
+                determinism_check=determinism_check,
+                debug=debug,
+                early_stop=early_stop,
+                preserve_rng_state=preserve_rng_state,
+                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+            ),
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,
             "check_rng": check_rng,
@@ -483,7 +471,7 @@ def check_backward_validity(inputs: Iterable[Any]) -> None:
     """Warns if none of the tensors among ``inputs`` requires grad."""
     if not any(isinstance(item, torch.Tensor) and item.requires_grad for item in inputs):
         warnings.warn(
-            "None of the inputs have requires_grad=True. Gradients will be None",
+            "None of the inputs have requires_grad=True, so no gradient reaches them",
             UserWarning,
             stacklevel=2,
         )

@@ -19,13 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import _compat
+from ._contexts import ContextFn, Contexts
 
 __all__ = ["set_checkpoint_debug_enabled"]
 
 debug_setting: ContextVar[bool | None] = ContextVar("torch_reprise.debug", default=None)
-
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-ContextFn = Callable[[], Contexts]
 
 
 class set_checkpoint_debug_enabled:
@@ -134,14 +132,7 @@ class DebugSession:
                 yield
 
         def contexts() -> Contexts:
-            outer: tuple[Any, Any] = (None, None)
-            if context_fn is not None:
-                outer = tuple(context_fn())  # type: ignore[assignment]
-                if len(outer) != 2 or not all(hasattr(type(c), "__enter__") for c in outer):
-                    raise TypeError(
-                        "context_fn must return two context managers, one for the forward and "
-                        f"one for the replay; it returned {outer!r:.200}"
-                    )
+            outer = (None, None) if context_fn is None else context_fn()
             return _Reusable(lambda: logging(outer[0], False)), _Reusable(
                 lambda: logging(outer[1], True)
             )
