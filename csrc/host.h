@@ -63,6 +63,12 @@ class Host {
   // generator that the whole process shares.
   virtual bool is_alone() noexcept = 0;
 
+  // Ends a replay as soon as the operator that this thread executes returns to the
+  // function that called it, by the exception of throw_early_stop(), raised there.
+  // False if that cannot be done: then it has to be thrown. True also if the
+  // operator is all there is to end.
+  virtual bool stop_after_operator() noexcept = 0;
+
   // Ends a replay from inside an operator. The exception passes through user
   // code, so it is one that `except Exception` does not catch.
   [[noreturn]] virtual void throw_early_stop() = 0;

@@ -1,6 +1,7 @@
 #include "torch_compat.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/SequenceNumber.h>
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
@@ -13,7 +14,9 @@
 
 #include <atomic>
 #include <memory>
+#include <string_view>
 #include <type_traits>
+#include <typeinfo>
 #include <unordered_set>
 
 #include "segment/recorder.h"
@@ -217,6 +220,22 @@ std::string current_node_name() {
   return node ? node->name() : std::string();
 }
 
+bool running_node_unpacks_once() {
+  const auto node = ag::get_current_node();
+  if (!node) {
+    return false;
+  }
+  constexpr std::string_view generated = "N5torch8autograd9generated";
+  const ag::Node& running = *node;
+  return std::string_view(typeid(running).name()).substr(0, generated.size()) == generated;
+}
+
+bool is_output_of_newest_node(const at::Tensor& tensor) {
+  const auto* meta = ag::impl::get_autograd_meta(tensor);
+  return meta != nullptr && meta->grad_fn_ &&
+         meta->grad_fn_->sequence_nr() + 1 == at::sequence_number::peek();
+}
+
 bool graph_task_is_restricted() {
   const auto* exec_info = ag::get_current_graph_task_exec_info();
   return exec_info != nullptr && !exec_info->empty();
@@ -294,7 +313,11 @@ at::Tensor values_of(const at::Tensor& tensor) {
   if (!is_plain(tensor)) {
     return tensor.detach();
   }
-  return alias_of(tensor);
+  if (tensor.is_leaf()) {
+    return tensor;
+  }
+  return at::Tensor(tensor.unsafeGetTensorImpl()->shallow_copy_and_detach(
+      c10::VariableVersion(0), /*allow_tensor_metadata_change=*/true));
 }
 
 at::Tensor alias_of(const at::Tensor& tensor) {

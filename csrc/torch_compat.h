@@ -118,6 +118,15 @@ void set_chain_token(uint64_t token);
 // The node this thread is executing, e.g. "MulBackward0", or "".
 std::string current_node_name();
 
+// Does the node that this thread is executing unpack each of its saved tensors
+// once per call? True of the nodes that torch generates from its list of
+// derivatives; the user's own may unpack as often as they like.
+bool running_node_unpacks_once();
+
+// Is `tensor` what the newest autograd node of this thread has computed? Nodes are
+// numbered per thread (2.13, 2.14). A wrong answer costs time, nothing else.
+bool is_output_of_newest_node(const at::Tensor& tensor);
+
 // Is this backward call restricted to some inputs (autograd.grad, inputs=)?
 bool graph_task_is_restricted();
 // In a restricted backward call: was the gradient of this leaf asked for? Inside
@@ -158,9 +167,11 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
     const std::vector<std::optional<at::Tensor>>& outputs,
     const c10::intrusive_ptr<torch::autograd::Node>& node);
 
-// A tensor's values without its history. For plain tensors this skips the
-// dispatcher (a tenth of the cost of at::Tensor::detach); everything that has
-// behaviour of its own (subclasses, functorch wrappers, ...) takes the long way.
+// A tensor's values without its history: the tensor itself if it has none, be it
+// a leaf or not. For plain tensors this skips the dispatcher (a tenth of the cost
+// of at::Tensor::detach); everything that has behaviour of its own (subclasses,
+// functorch wrappers, ...) takes the long way. What it makes has a version counter
+// of its own, so that SavedVariable takes it over instead of copying it again.
 at::Tensor values_of(const at::Tensor& tensor);
 
 // A tensor of its own for the same values, without history.

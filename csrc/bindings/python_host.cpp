@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <memory>
 
+#include "bindings/early_stop.h"
 #include "bindings/python_object.h"
-#include "bindings/python_program.h"
 #include "bindings/source_location.h"
 #include "host.h"
 #include "segment/recorder.h"
@@ -177,6 +177,8 @@ class PythonHost final : public Host {
     }
     return true;
   }
+
+  bool stop_after_operator() noexcept override { return bindings::stop_after_operator(); }
 
   [[noreturn]] void throw_early_stop() override {
     WithInterpreter lock;

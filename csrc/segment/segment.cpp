@@ -215,7 +215,7 @@ at::Tensor Segment::unpack(uint32_t index) {
   const compat::ReplayKey key = compat::current_replay_key();
   // Declared before the lock, so that they are destroyed after it is let go, and
   // looked up before it is taken: both may need the interpreter lock.
-  auto group = compat::current_group();
+  auto group = key.is_group() ? compat::current_group() : std::nullopt;
   const bool keep = key.is_group() && host().reports_its_end(key.group);
   c10::intrusive_ptr<Replay> replay;
   bool registered = key.is_group();

@@ -48,6 +48,7 @@ class TestHost final : public reprise::Host {
   void reacquire_interpreter(void*) noexcept override {}
   bool reports_its_end(PyObject*) noexcept override { return true; }
   bool is_alone() noexcept override { return true; }
+  bool stop_after_operator() noexcept override { return false; }
   [[noreturn]] void throw_early_stop() override { throw EarlyStop(); }
   [[noreturn]] void throw_checkpoint_error(const std::string& message) override {
     throw CheckpointError(message);
