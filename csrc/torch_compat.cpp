@@ -137,7 +137,7 @@ HookScope::~HookScope() {
     return;
   }
   while (at::SavedTensorDefaultHooks::get_tls_state().stack.size() > depth_) {
-    at::SavedTensorDefaultHooks::pop_hooks();
+    host().take_back(at::SavedTensorDefaultHooks::pop_hooks());
   }
 }
 
@@ -165,6 +165,31 @@ std::optional<HookPair> hook_pair_below(PyObject* pack_hook) {
     }
   }
   return std::nullopt;
+}
+
+namespace {
+
+// The arguments of an explicit instantiation may name private members; what is
+// made of them here is what the friend function returns.
+template <typename Tag, typename Tag::Pointer Member>
+struct Open {
+  friend typename Tag::Pointer member_of(Tag) { return Member; }
+};
+struct EngineOfGenerator {
+  using Pointer = at::mt19937 at::CPUGeneratorImpl::*;
+  friend Pointer member_of(EngineOfGenerator);
+};
+struct DataOfEngine {
+  using Pointer = at::mt19937_data_pod at::mt19937::*;
+  friend Pointer member_of(DataOfEngine);
+};
+template struct Open<EngineOfGenerator, &at::CPUGeneratorImpl::engine_>;
+template struct Open<DataOfEngine, &at::mt19937::data_>;
+
+}  // namespace
+
+at::mt19937_data_pod& mt19937_data(at::CPUGeneratorImpl& generator) noexcept {
+  return generator.*member_of(EngineOfGenerator()).*member_of(DataOfEngine());
 }
 
 ReplayKey current_replay_key() {

@@ -6,8 +6,10 @@
 // doing what its comment says.
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Generator.h>
+#include <ATen/core/MT19937RNGEngine.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/SafePyObject.h>
@@ -87,6 +89,16 @@ bool inside_functorch();
 
 // The pair right below the one whose pack hook is `pack_hook`.
 std::optional<HookPair> hook_pair_below(PyObject* pack_hook);
+
+// ---------------------------------------------------------------------------
+// Generators
+// ---------------------------------------------------------------------------
+
+// The state of a CPU generator's engine where it lies. CPUGeneratorImpl::engine()
+// and mt19937::data() copy 2,504 bytes each, and a segment looks at the engine some
+// ten times. Both members are private in 2.13 and 2.14; a build against a torch
+// that renamed them fails. The caller holds the generator's mutex.
+at::mt19937_data_pod& mt19937_data(at::CPUGeneratorImpl& generator) noexcept;
 
 // ---------------------------------------------------------------------------
 // Graph tasks

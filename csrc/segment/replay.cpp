@@ -56,6 +56,7 @@ void Replay::run(Segment& segment) {
   std::string rng_differs;
   {
     ReplayScope scope(segment);
+    const InterpreterHeld held;  // once for fn and for the pair around it
     compat::HookScope hooks(host().make_hook_pair(
         c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
                                             c10::intrusive_ptr<Replay>::reclaim_copy(this))));
@@ -153,8 +154,8 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         wanted_[index] = false;
       }
       stop = segment.options_.early_stop && static_cast<int64_t>(index) == last_wanted_;
-      may_finish = stop && runner == std::this_thread::get_id() &&
-                   is_nearly_done(segment, index, tensor);
+      may_finish =
+          stop && runner == std::this_thread::get_id() && is_nearly_done(segment, index, tensor);
     }
   }
   if (too_many) {

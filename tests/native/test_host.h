@@ -44,6 +44,9 @@ class TestHost final : public reprise::Host {
     return "test.cpp:" + std::to_string(where.instruction);
   }
 
+  void take_back(reprise::HookPair) noexcept override {}
+  int acquire_interpreter() noexcept override { return 0; }
+  void release_acquired(int) noexcept override {}
   void* release_interpreter() noexcept override { return nullptr; }
   void reacquire_interpreter(void*) noexcept override {}
   bool reports_its_end(PyObject*) noexcept override { return true; }
