@@ -3,7 +3,8 @@
 #   make demo    train the demo model, print the table, write demo.png
 #   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
 #   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
-#   make bench   print a benchmark; which one: make bench BENCH=overhead
+#   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
+#                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
 #   make build   the environment and an editable install, which the others start from
 #   make clean   forget builds and caches          make distclean   the environment as well
 #
@@ -12,7 +13,8 @@
 TORCH  ?= 2.13.0
 VENV   ?= .venv
 PYTHON ?= python3
-BENCH  ?= overhead
+BENCH  ?= all
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 # A folder per torch, so that going back to one does not compile everything again.
@@ -59,7 +61,7 @@ demo: build
 	$(BIN)/python -m torch_reprise demo
 
 bench: build
-	$(BIN)/python -m torch_reprise bench $(BENCH)
+	$(BIN)/python -m torch_reprise bench $(BENCH) $(BENCH_ARGS)
 
 test: test-native test-python
 
