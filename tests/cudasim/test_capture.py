@@ -16,7 +16,7 @@ from typing import Any
 import cudasim
 import pytest
 import torch
-from devices import (
+from cuda_helpers import (
     FORMS,
     Run,
     checkpointed,
