@@ -386,6 +386,7 @@ def test_the_number_of_arguments_costs_nothing(use_reentrant: bool) -> None:
             lambda *xs: draws(sum(xs)), *xs, use_reentrant=use_reentrant, early_stop=False
         )
         counts.append(testdev.state_calls())
+        torch.rand(3, device=DEVICES[1])
         out.sum().backward()
         counts.append(testdev.state_calls())
         return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counts)]
