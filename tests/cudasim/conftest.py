@@ -2,11 +2,13 @@
 
 Without either nothing here is collected, rather than skipped: a skip says that something was
 missing on this machine, and nothing is. `launch.py` runs them, and fails if the simulation cannot
-be loaded. On a GPU only what is about the simulation itself is left out.
+be loaded. On a GPU only what is about the simulation itself is left out; where somebody demands
+a GPU (REPRISE_FAIL_WITHOUT_CUDA=1) and there is none, the tests are collected and fail.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import cudasim
 
 if cudasim.active():
     collect_ignore_glob = []
-elif torch.cuda.is_available():
+elif torch.cuda.is_available() or os.environ.get("REPRISE_FAIL_WITHOUT_CUDA") == "1":
     collect_ignore_glob = ["test_simulation.py"]
 else:
     collect_ignore_glob = ["test_*.py"]
