@@ -2,13 +2,15 @@
 #
 #   make demo    train the demo model, print the table, write demo.png
 #   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
+#   make test-cudasim   the tests of tests/cudasim: a CUDA torch on a simulated CUDA, without a GPU
 #   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
 #   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
 #                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
 #   make build   the environment and an editable install, which the others start from
 #   make clean   forget builds and caches          make distclean   the environment as well
 #
-# Everything goes into $(VENV); what is up to date is not done again.
+# Everything goes into $(VENV), and for test-cudasim into $(VENV_CUDA); what is up to date is not
+# done again.
 
 TORCH  ?= 2.13.0
 VENV   ?= .venv
@@ -16,6 +18,12 @@ PYTHON ?= python3
 BENCH  ?= all
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+
+# The torch whose CUDA tests/cudasim stands in for: a CUDA build, for CUDA 13.
+TORCH_CUDA ?= 2.14.1
+VENV_CUDA  ?= .venv-cuda
+# OFF leaves the programs of tests/native out of the build.
+NATIVE_TESTS ?= ON
 
 # A folder per torch, so that going back to one does not compile everything again.
 BUILD  := build/torch-$(TORCH)
@@ -29,11 +37,14 @@ TORCH_STAMP := $(STAMPS)/torch-$(TORCH)
 BUILD_INPUTS := CMakeLists.txt pyproject.toml \
   $(shell find cmake csrc tests/native -type d -o -type f -not -name '*.swp' 2>/dev/null) \
   $(wildcard tests/devices/*.h tests/devices/*.cpp) tests/devices/CMakeLists.txt
+CUDASIM_INPUTS := $(wildcard tests/cudasim/*.cpp tests/cudasim/*.c tests/cudasim/include/*/*.h) \
+  tests/cudasim/CMakeLists.txt tests/cudasim/find_headers.py
 FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-native test-python lint format bench clean distclean
+.PHONY: build demo test test-native test-python test-cudasim run-cudasim lint format bench clean \
+  distclean
 
 build: $(STAMPS)/build
 
@@ -54,7 +65,8 @@ $(STAMPS)/build: $(TORCH_STAMP) $(BUILD_INPUTS)
 	@$(PIP) install --no-build-isolation --no-deps --editable . \
 	  --config-settings=build-dir=$(BUILD) \
 	  --config-settings=cmake.define.REPRISE_DEV=ON \
-	  --config-settings=cmake.define.REPRISE_NATIVE_TESTS=ON
+	  --config-settings=cmake.define.REPRISE_NATIVE_TESTS=$(NATIVE_TESTS) \
+	  --config-settings=cmake.define.REPRISE_TEST_DEVICE=ON
 	@touch $@
 
 demo: build
@@ -73,6 +85,23 @@ test-python: build | test-native
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The rules above once more, for another torch in another environment.
+test-cudasim:
+	@$(MAKE) --no-print-directory run-cudasim VENV=$(VENV_CUDA) TORCH=$(TORCH_CUDA) NATIVE_TESTS=OFF
+
+run-cudasim: build $(STAMPS)/cudasim
+	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
+	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/cudasim $(PYTEST_ARGS)
+
+# The CUDA headers are those of the packages that come with torch. --fresh: CMake would remember
+# where they were.
+$(STAMPS)/cudasim: $(TORCH_STAMP) $(CUDASIM_INPUTS)
+	@echo "== building the simulated CUDA"
+	@$(BIN)/cmake --fresh -S tests/cudasim -B build/cudasim --log-level=WARNING \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	@$(BIN)/cmake --build build/cudasim -- --quiet
+	@touch $@
+
 # mypy reads torch's own annotations, so torch has to be there; the extension has not.
 lint: $(TORCH_STAMP)
 	$(BIN)/ruff check .
@@ -87,7 +116,8 @@ format: $(STAMPS)/tools
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMPS)/build
+	rm -f $(addprefix $(VENV_CUDA)/stamps/,build cudasim)
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV_CUDA)

@@ -103,6 +103,103 @@ uint64_t hash_optional(const std::optional<T>& value) {
   return value.has_value() ? hash_bytes(&*value, sizeof(T)) : 0;
 }
 
+// --- Philox, see Note [Stream capture]. Callers hold the generator's mutex.
+
+struct PhiloxPosition {
+  uint64_t offset;
+  CaptureId capture;
+};
+
+// What CUDA, XPU and MPS agree on: seed, then offset, as 64-bit integers.
+constexpr size_t kPhiloxBytes = 16;
+
+at::Tensor philox_tensor(uint64_t seed, uint64_t offset) {
+  auto tensor = at::empty({kPhiloxBytes}, at::kByte);
+  auto* bytes = static_cast<uint8_t*>(tensor.mutable_data_ptr());
+  std::memcpy(bytes, &seed, 8);
+  std::memcpy(bytes + 8, &offset, 8);
+  return tensor;
+}
+
+PhiloxPosition position_in_capture(const c10::GeneratorImpl& impl) {
+  const OnDevice there(impl.device());
+  const CaptureId capture = capture_of(impl.device());
+  try {
+    const at::Tensor state(impl.get_state());
+    uint64_t offset = 0;
+    std::memcpy(&offset, static_cast<const uint8_t*>(state.const_data_ptr()) + 8, 8);
+    return {offset, capture};
+  } catch (const c10::Error&) {
+    return {0, kForeignCapture};
+  }
+}
+
+PhiloxPosition position_of(const c10::GeneratorImpl& impl) {
+  if (!is_captured(impl.device())) {
+    try {
+      return {impl.get_offset(), kNoCapture};
+    } catch (const c10::Error&) {
+      // Refused, if a stream of the current device is captured. That may be another
+      // device than the generator's.
+      if (!current_device_is_captured(impl.device().type())) {
+        throw;
+      }
+    }
+    const OnDevice there(impl.device());
+    if (!current_device_is_captured(impl.device().type())) {
+      return {impl.get_offset(), kNoCapture};
+    }
+  }
+  return position_in_capture(impl);
+}
+
+// ", offset 12", as the end of a description.
+std::string describe_offset(uint64_t offset, CaptureId capture) {
+  if (capture == kNoCapture) {
+    return c10::str(", offset ", offset);
+  }
+  if (capture == kForeignCapture) {
+    return ", in a stream capture that torch did not begin";
+  }
+  return c10::str(", offset ", offset, " from the launch of the graph of stream capture ", capture);
+}
+
+// False, and nothing is changed, if the device is in another capture now.
+bool set_position(c10::GeneratorImpl& impl, uint64_t seed, const PhiloxPosition& position) {
+  if (is_captured(impl.device())) {
+    const OnDevice there(impl.device());
+    if (position.capture == kNoCapture || position.capture != capture_of(impl.device())) {
+      return false;
+    }
+    const at::Tensor state = philox_tensor(seed, position.offset);
+    impl.set_state(*state.unsafeGetTensorImpl());
+    return true;
+  }
+  if (position.capture != kNoCapture) {
+    return false;
+  }
+  const auto set = [&] {
+    if (impl.current_seed() != seed) {
+      impl.set_current_seed(seed);
+    }
+    impl.set_offset(position.offset);
+  };
+  try {
+    set();
+    return true;
+  } catch (const c10::Error&) {  // as in position_of()
+    if (!current_device_is_captured(impl.device().type())) {
+      throw;
+    }
+  }
+  const OnDevice there(impl.device());
+  if (current_device_is_captured(impl.device().type())) {
+    return false;
+  }
+  set();
+  return true;
+}
+
 }  // namespace
 
 GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
@@ -156,10 +253,13 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
       state.engine_ = t_last_engine;
       break;
     }
-    case Kind::kPhilox:
+    case Kind::kPhilox: {
+      const auto position = position_of(*impl);
       state.seed_ = impl->current_seed();
-      state.offset_ = impl->get_offset();
+      state.offset_ = position.offset;
+      state.capture_ = position.capture;
       break;
+    }
     case Kind::kOpaque:
       state.opaque_ = at::Tensor(impl->get_state());
       break;
@@ -175,7 +275,7 @@ GeneratorState GeneratorState::philox(uint64_t seed, uint64_t offset) {
   return state;
 }
 
-void GeneratorState::apply(at::Generator& generator) const {
+bool GeneratorState::apply(at::Generator& generator) const {
   auto* impl = generator.unsafeGetGeneratorImpl();
   std::lock_guard<std::mutex> lock(impl->mutex_);
   switch (kind_) {
@@ -189,15 +289,12 @@ void GeneratorState::apply(at::Generator& generator) const {
       break;
     }
     case Kind::kPhilox:
-      if (impl->current_seed() != seed_) {  // a stream capture allows offsets to change, not seeds
-        impl->set_current_seed(seed_);
-      }
-      impl->set_offset(offset_);
-      break;
+      return set_position(*impl, seed_, {offset_, capture_});
     case Kind::kOpaque:
       impl->set_state(*opaque_.unsafeGetTensorImpl());
       break;
   }
+  return true;
 }
 
 bool GeneratorState::is_state_of(const at::Generator& generator) const {
@@ -207,7 +304,9 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
   }
   std::lock_guard<std::mutex> lock(impl->mutex_);
   if (kind_ == Kind::kPhilox) {
-    return impl->get_offset() == offset_ && impl->current_seed() == seed_;
+    const auto position = position_of(*impl);
+    return position.offset == offset_ && position.capture == capture_ &&
+           impl->current_seed() == seed_;
   }
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
   return stands_at(cpu, compat::mt19937_data(cpu), *engine_);
@@ -224,7 +323,7 @@ bool GeneratorState::operator==(const GeneratorState& other) const {
               same_bits(engine_->next_float, other.engine_->next_float) &&
               same_bits(engine_->next_double, other.engine_->next_double));
     case Kind::kPhilox:
-      return seed_ == other.seed_ && offset_ == other.offset_;
+      return seed_ == other.seed_ && offset_ == other.offset_ && capture_ == other.capture_;
     case Kind::kOpaque:
       // Generator states are byte tensors in host memory (at::Generator's contract).
       return opaque_.nbytes() == other.opaque_.nbytes() &&
@@ -241,14 +340,8 @@ at::Tensor GeneratorState::to_tensor() const {
       apply(generator);
       return generator.get_state();
     }
-    case Kind::kPhilox: {
-      // CUDA, XPU and MPS agree: seed, then offset, as 64-bit integers.
-      auto tensor = at::empty({16}, at::kByte);
-      auto* bytes = static_cast<uint8_t*>(tensor.mutable_data_ptr());
-      std::memcpy(bytes, &seed_, 8);
-      std::memcpy(bytes + 8, &offset_, 8);
-      return tensor;
-    }
+    case Kind::kPhilox:
+      return philox_tensor(seed_, offset_);
     case Kind::kOpaque:
       return opaque_.clone();
   }
@@ -270,10 +363,13 @@ GeneratorState GeneratorState::from_tensor(const at::Generator& generator,
       return capture(scratch);
     }
     case Kind::kPhilox:
-      TORCH_CHECK_VALUE(tensor.numel() == 16, "a state of a ", generator.device().type(),
-                        " generator has 16 bytes, got ", tensor.numel());
+      TORCH_CHECK_VALUE(tensor.numel() == kPhiloxBytes, "a state of a ", generator.device().type(),
+                        " generator has ", kPhiloxBytes, " bytes, got ", tensor.numel());
       std::memcpy(&state.seed_, tensor.const_data_ptr(), 8);
       std::memcpy(&state.offset_, static_cast<const uint8_t*>(tensor.const_data_ptr()) + 8, 8);
+      if (is_captured(generator.device())) {  // torch's form does not say so
+        state.capture_ = capture_of(generator.device());
+      }
       break;
     case Kind::kOpaque:
       state.opaque_ = tensor.clone();
@@ -287,7 +383,7 @@ size_t GeneratorState::nbytes() const {
     case Kind::kMt19937:
       return sizeof(Mt19937State);
     case Kind::kPhilox:
-      return 2 * sizeof(uint64_t);
+      return kPhiloxBytes + (capture_ == kNoCapture ? 0 : sizeof(capture_));
     case Kind::kOpaque:
       return opaque_.nbytes();
   }
@@ -311,7 +407,7 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
     return std::nullopt;
   }
   if (kind_ == Kind::kPhilox) {
-    return seed_ == mark.seed_ && mark.position_ >= offset_
+    return seed_ == mark.seed_ && capture_ == mark.capture_ && mark.position_ >= offset_
                ? std::optional<uint64_t>(mark.position_ - offset_)
                : std::nullopt;
   }
@@ -354,10 +450,13 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
                      3 * hash_optional(cpu.next_double_normal_sample());
       break;
     }
-    case GeneratorState::Kind::kPhilox:
+    case GeneratorState::Kind::kPhilox: {
+      const auto position = position_of(*impl);
       mark.seed_ = impl->current_seed();
-      mark.position_ = impl->get_offset();
+      mark.position_ = position.offset;
+      mark.capture_ = position.capture;
       break;
+    }
     case GeneratorState::Kind::kOpaque: {
       const at::Tensor state(impl->get_state());
       mark.block_ = hash_bytes(state.const_data_ptr(), state.nbytes());
@@ -369,12 +468,12 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
 
 bool GeneratorMark::operator==(const GeneratorMark& other) const {
   return kind_ == other.kind_ && seed_ == other.seed_ && position_ == other.position_ &&
-         block_ == other.block_ && cached_ == other.cached_;
+         block_ == other.block_ && cached_ == other.cached_ && capture_ == other.capture_;
 }
 
 bool GeneratorMark::is_beyond(const GeneratorMark& other) const {
   return kind_ == other.kind_ && kind_ != GeneratorState::Kind::kOpaque && seed_ == other.seed_ &&
-         block_ == other.block_ && position_ > other.position_;
+         capture_ == other.capture_ && block_ == other.block_ && position_ > other.position_;
 }
 
 std::string GeneratorMark::describe() const {
@@ -383,7 +482,7 @@ std::string GeneratorMark::describe() const {
       return c10::str("seed ", seed_, ", word ", position_, " of 624 in block ", block_ >> 40,
                       cached_ != 0 ? ", a normal sample left over" : "");
     case GeneratorState::Kind::kPhilox:
-      return c10::str("seed ", seed_, ", offset ", position_);
+      return c10::str("seed ", seed_, describe_offset(position_, capture_));
     case GeneratorState::Kind::kOpaque:
       return c10::str("state ", block_ >> 32);
   }
@@ -396,7 +495,7 @@ std::string GeneratorState::describe() const {
       return c10::str("mt19937 seed ", engine_->engine.seed_, ", word ", engine_->engine.next_,
                       " of 624");
     case Kind::kPhilox:
-      return c10::str("philox seed ", seed_, ", offset ", offset_);
+      return c10::str("philox seed ", seed_, describe_offset(offset_, capture_));
     case Kind::kOpaque:
       return c10::str("opaque state of ", opaque_.nbytes(), " bytes");
   }

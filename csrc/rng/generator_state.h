@@ -6,7 +6,9 @@
 //            5,056 bytes and costs an allocation and a conversion each way.
 //   philox   (seed, offset): all there is to know of a CUDA, XPU or MPS
 //            generator. Read and written through virtuals of GeneratorImpl,
-//            with no device header, no tensor and no synchronisation.
+//            with no device header, no tensor and no synchronisation. While a
+//            stream is captured a third part says what the offset counts from:
+//            Note [Stream capture] in stream_capture.h.
 //   opaque   whatever get_state() returns, for every other backend: get_offset
 //            of some throws or does not describe the whole state.
 #pragma once
@@ -18,6 +20,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+
+#include "rng/stream_capture.h"
 
 namespace reprise {
 
@@ -54,9 +58,11 @@ class GeneratorState {
   // Consecutive captures of a CPU generator that did not move in between give
   // states that share their memory.
   static GeneratorState capture(const at::Generator& generator);
-  // A state that was never captured but is known.
+  // A state that was never noted but is known.
   static GeneratorState philox(uint64_t seed, uint64_t offset);
-  void apply(at::Generator& generator) const;
+  // False, and nothing is done, for a Philox state of another stream capture than
+  // the one that the generator's device is in now.
+  bool apply(at::Generator& generator) const;
 
   // Does `generator` stand where this state was captured? Cheaper than a
   // capture: nothing is allocated for mt19937 and philox.
@@ -82,12 +88,13 @@ class GeneratorState {
   Kind kind_ = Kind::kPhilox;
   uint64_t seed_ = 0;                           // philox
   uint64_t offset_ = 0;                         // philox
+  CaptureId capture_ = kNoCapture;              // philox: what offset_ belongs to
   std::shared_ptr<const Mt19937State> engine_;  // mt19937: strong, shared
   at::Tensor opaque_;                           // opaque: strong
 };
 
 // Where a generator stands, to be compared and told but not restored: what a
-// replay is checked against. 48 bytes for every kind.
+// replay is checked against. 56 bytes for every kind.
 class GeneratorMark {
  public:
   static GeneratorMark of(const at::Generator& generator);
@@ -105,10 +112,11 @@ class GeneratorMark {
 
   GeneratorState::Kind kind_ = GeneratorState::Kind::kPhilox;
   uint64_t seed_ = 0;
-  uint64_t position_ = 0;       // philox: offset; mt19937: word of the block
-  uint64_t block_ = 0;          // mt19937: hash of the 624 words; opaque: of all bytes
-  uint64_t cached_ = 0;         // mt19937: hash of the cached normal samples
-  bool only_drawn_to_ = false;  // how it came here, not where it is: not compared
+  uint64_t position_ = 0;           // philox: offset; mt19937: word of the block
+  uint64_t block_ = 0;              // mt19937: hash of the 624 words; opaque: of all bytes
+  uint64_t cached_ = 0;             // mt19937: hash of the cached normal samples
+  CaptureId capture_ = kNoCapture;  // philox: what position_ belongs to
+  bool only_drawn_to_ = false;      // how it came here, not where it is: not compared
 };
 
 }  // namespace reprise

@@ -13,7 +13,8 @@ namespace reprise {
 
 class RngScope {
  public:
-  // `stash` holds the states to rewind to.
+  // `stash` holds the states to rewind to. Throws OutOfReach if one belongs to
+  // another stream capture.
   RngScope(RngSnapshot& stash, bool enabled) : stash_(stash), enabled_(enabled) {
     if (!enabled_) {
       return;
@@ -28,7 +29,7 @@ class RngScope {
     }
     outer_ = RngSnapshot::capture(generators);
     try {
-      stash.apply();
+      left_alone_ = stash.apply();
     } catch (...) {
       put_back();
       throw;
@@ -50,11 +51,19 @@ class RngScope {
     if (!enabled_) {
       return {};
     }
-    std::string text = stash_.divergence(stopped_early);
+    std::string text = stash_.divergence(stopped_early, left_alone_);
+    const auto add = [&text](const at::Generator& generator) {
+      text += (text.empty() ? "generator " : "\n  generator ") + generator_name(generator) +
+              "\n    the forward did not draw from it, the replay did";
+    };
+    for (const size_t i : left_alone_) {
+      if (!outer_.state(i).is_state_of(outer_.generator(i)) && host().is_alone()) {
+        add(outer_.generator(i));
+      }
+    }
     if (was_moved_by_us()) {
       for (const auto& generator : others_.restore_moved()) {
-        text += (text.empty() ? "generator " : "\n  generator ") + generator_name(generator) +
-                "\n    the forward did not draw from it, the replay did";
+        add(generator);
       }
     }
     outer_.restore_moved();
@@ -89,7 +98,8 @@ class RngScope {
   bool enabled_;
   uint64_t turns_ = 0;                   // taken when this was made
   std::optional<GeneratorLease> lease_;  // given back last
-  RngSnapshot outer_;                    // of the stash's generators
+  RngSnapshot outer_;                    // of the stash's generators, in its order
+  RngSnapshot::Indices left_alone_;      // of the stash: not rewound, see apply()
   // Of the other default generators; empty if some of them were rewound by another
   // thread when this was made.
   RngSnapshot others_;

@@ -188,10 +188,12 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   return unknown;
 }
 
-std::string RngSnapshot::divergence(bool stopped_early) const {
-  for (const auto& entry : entries_) {
-    if (!entry.end.has_value()) {
-      continue;  // the forward is not over: nothing to compare with
+std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alone) const {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
+    if (!entry.end.has_value() ||  // the forward is not over: nothing to compare with
+        std::find(left_alone.begin(), left_alone.end(), i) != left_alone.end()) {
+      continue;
     }
     const auto now = GeneratorMark::of(entry.generator);
     // A forward that sets its generator may be anywhere when it is stopped.
@@ -229,7 +231,9 @@ c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved() {
   for (auto& entry : entries_) {
     try {
       if (!entry.state.is_state_of(entry.generator)) {
-        entry.state.apply(entry.generator);
+        if (!entry.state.apply(entry.generator)) {
+          throw OutOfReach(out_of_reach(entry));
+        }
         moved.push_back(entry.generator);
       }
     } catch (...) {
@@ -242,12 +246,31 @@ c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved() {
   return moved;
 }
 
-void RngSnapshot::apply() {
-  for (auto& entry : entries_) {
-    if (!entry.state.is_state_of(entry.generator)) {
-      entry.state.apply(entry.generator);
+RngSnapshot::Indices RngSnapshot::apply() {
+  Indices left_alone;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
+    if (entry.state.is_state_of(entry.generator) || entry.state.apply(entry.generator)) {
+      continue;
     }
+    if (entry.moved || !entry.end.has_value()) {
+      throw OutOfReach(out_of_reach(entry));
+    }
+    left_alone.push_back(i);
   }
+  return left_alone;
+}
+
+std::string RngSnapshot::out_of_reach(const Entry& entry) {
+  return c10::str(
+      "generator ", generator_name(entry.generator), " cannot be put back to where it stood\n",
+      "    then: ", entry.state.describe(),
+      "\n    now:  ", GeneratorState::capture(entry.generator).describe(),
+      "\n  While a stream is captured, offsets count from where the generator will stand when the "
+      "graph is launched, which is not known yet. So a state of one capture means nothing in "
+      "another, or outside of one. Put forward and backward into one capture (one "
+      "torch.cuda.graph block), or leave both outside of any; if other random numbers will do, "
+      "pass preserve_rng_state=False.");
 }
 
 size_t RngSnapshot::nbytes(std::unordered_set<const void*>& seen) const {

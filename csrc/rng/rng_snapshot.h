@@ -13,6 +13,7 @@
 
 #include <functional>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -38,9 +39,18 @@ bool accelerator_has_context(c10::DeviceType type);
 // messages.
 std::string generator_name(const at::Generator& generator);
 
+// A state cannot be restored, because it belongs to another stream capture than the
+// one that the generator's device is in now. what(): which generator and states,
+// and what to do.
+class OutOfReach : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 class RngSnapshot {
  public:
   using Generators = c10::ArrayRef<at::Generator>;
+  using Indices = c10::SmallVector<size_t, 1>;
 
   // The default generators, and `others` (explicit torch.Generator objects).
   // Each once, however often it is named.
@@ -65,16 +75,19 @@ class RngSnapshot {
   std::vector<std::string> add_newcomers(const RngSnapshot& before);
   // The first generator that does not stand where the forward left it, in words;
   // empty if there is none. `stopped_early`: it may stand before that, not beyond.
-  std::string divergence(bool stopped_early) const;
+  // `left_alone`: what apply() returned.
+  std::string divergence(bool stopped_early, const Indices& left_alone) const;
 
   // --- restoring ---
   bool any_moved() const;
   // Puts back the generators that do not stand where they were captured, and
   // returns them. An error of one does not keep the others from being put
-  // back; it is thrown at the end.
+  // back; it is thrown at the end, OutOfReach if it is a stream capture.
   c10::SmallVector<at::Generator, 2> restore_moved();
-  // Puts every generator where it was captured.
-  void apply();
+  // Puts every generator where it was captured. Left alone, and returned, are those
+  // that the forward did not move and that are in another stream capture now; for
+  // one that it moved, OutOfReach is thrown.
+  Indices apply();
 
   bool contains(const at::Generator& generator) const;
   bool empty() const { return entries_.empty(); }
@@ -97,6 +110,7 @@ class RngSnapshot {
     std::optional<GeneratorMark> end;  // where the forward left it, once that is over
     bool moved = false;                // by the forward, as far as its end tells
   };
+  static std::string out_of_reach(const Entry& entry);
   // One entry inline: most programs have the CPU alone, most stashes one device.
   c10::SmallVector<Entry, 1> entries_;
 };

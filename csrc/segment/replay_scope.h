@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ambient/ambient_state.h"
+#include "host.h"
 #include "rng/rng_scope.h"
 #include "segment/replay.h"
 #include "segment/segment.h"
@@ -18,9 +19,7 @@ namespace reprise {
 class ReplayScope {
  public:
   explicit ReplayScope(Segment& segment)
-      : segment_(segment),
-        generators_(segment.stash(), segment.options().preserve_rng_state),
-        ambient_(segment.ambient()) {}
+      : segment_(segment), generators_(rewind(segment)), ambient_(segment.ambient()) {}
   ReplayScope(const ReplayScope&) = delete;
   ReplayScope& operator=(const ReplayScope&) = delete;
 
@@ -37,6 +36,17 @@ class ReplayScope {
   }
 
  private:
+  static RngScope rewind(Segment& segment) {
+    try {
+      return RngScope(segment.stash(), segment.options().preserve_rng_state);
+    } catch (const OutOfReach& error) {
+      host().throw_checkpoint_error("torch_reprise: the replay of " + segment.name() +
+                                    " cannot draw the random numbers of its forward again.\n  " +
+                                    error.what());
+      throw;  // not reached; the compiler does not believe a virtual's noreturn
+    }
+  }
+
   Segment& segment_;
   // In the order in which they are put in force.
   ReplayMark replaying_;

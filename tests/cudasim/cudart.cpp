@@ -86,6 +86,7 @@ struct Simulation {
   std::atomic<uint64_t> launches = 0;
   std::atomic<uint64_t> synchronizations = 0;
   std::atomic<uint64_t> allocations = 0;
+  std::atomic<uint64_t> capture_queries = 0;
   std::atomic<uint64_t> ticks = 0;
   std::atomic<bool> has_context[kMostDevices] = {};
   // Handles of streams, graphs and captures. 0 to 2 mean the default streams.
@@ -241,6 +242,7 @@ int cudasim_has_context(int device) {
 uint64_t cudasim_launches() { return simulation().launches; }
 uint64_t cudasim_synchronizations() { return simulation().synchronizations; }
 uint64_t cudasim_allocations() { return simulation().allocations; }
+uint64_t cudasim_capture_queries() { return simulation().capture_queries; }
 
 // --- errors and versions
 
@@ -597,6 +599,7 @@ cudaError_t cudaEventElapsedTime(float* elapsed, cudaEvent_t start, cudaEvent_t 
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   Simulation& sim = simulation();
+  ++sim.capture_queries;
   const std::lock_guard lock(sim.mutex);
   *status = status_of(sim, stream);
   return cudaSuccess;
@@ -607,6 +610,7 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatu
                                      const cudaGraphNode_t** dependencies,
                                      const cudaGraphEdgeData** edges, size_t* count) {
   Simulation& sim = simulation();
+  ++sim.capture_queries;
   const std::lock_guard lock(sim.mutex);
   const auto found = sim.captures.find(stream);
   const bool known = found != sim.captures.end();

@@ -62,3 +62,9 @@ def synchronizations() -> int:
 def allocations() -> int:
     """Blocks of device or pinned memory asked of CUDA; what torch's cache serves is not here."""
     return _total("allocations")
+
+
+def capture_queries() -> int:
+    """How often it was asked whether a stream is captured: once or more for each look at
+    a generator's state, and for each draw."""
+    return _total("capture_queries")

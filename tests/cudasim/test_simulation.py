@@ -215,6 +215,9 @@ def test_the_switch(device: int, stream: Callable[[int], torch.cuda.Stream]) -> 
             assert torch.cuda.is_current_stream_capturing()
             with pytest.raises(RuntimeError, match="could not find the CUDAGraph"):
                 torch.rand(3, device=f"cuda:{device}")
+            # What refuses to tell its state refuses to draw: segments rely on that.
+            with pytest.raises(RuntimeError, match="could not find the CUDAGraph"):
+                generator(device).get_state()
             with pytest.raises(RuntimeError, match="set_offset during CUDA graph capture"):
                 generator(device).set_offset(8)
             with pytest.raises(RuntimeError, match="only if new seed is the same"):

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
@@ -12,6 +13,9 @@
 
 namespace testdev {
 namespace {
+
+std::atomic<uint64_t> g_read = 0;
+std::atomic<uint64_t> g_set = 0;
 
 // The finaliser of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom
 // number generators", 2014): every bit of the result depends on every bit of x.
@@ -24,6 +28,7 @@ uint64_t mix(uint64_t x) {
 
 template <size_t N>
 c10::intrusive_ptr<c10::TensorImpl> to_bytes(const std::array<uint64_t, N>& words) {
+  ++g_read;
   at::Tensor state = at::empty({sizeof(words)}, at::device(at::kCPU).dtype(at::kByte));
   std::memcpy(state.mutable_data_ptr(), words.data(), sizeof(words));
   return state.getIntrusivePtr();
@@ -31,6 +36,7 @@ c10::intrusive_ptr<c10::TensorImpl> to_bytes(const std::array<uint64_t, N>& word
 
 template <size_t N>
 std::array<uint64_t, N> from_bytes(const c10::TensorImpl& state, c10::Device device) {
+  ++g_set;
   at::detail::check_rng_state(state);
   std::array<uint64_t, N> words;
   TORCH_CHECK(state.numel() == sizeof(words), "a state of a generator of ", device, " has ",
@@ -95,8 +101,14 @@ class PhiloxGenerator final : public TestGenerator {
     seed_ = seed;
     offset_ = 0;
   }
-  void set_offset(uint64_t offset) override { offset_ = offset; }
-  uint64_t get_offset() const override { return offset_; }
+  void set_offset(uint64_t offset) override {
+    ++g_set;
+    offset_ = offset;
+  }
+  uint64_t get_offset() const override {
+    ++g_read;
+    return offset_;
+  }
   void set_state(const c10::TensorImpl& state) override {
     const auto words = from_bytes<2>(state, device());
     seed_ = words[0];
@@ -131,6 +143,9 @@ uint64_t TestGenerator::seed() {
   set_current_seed(c10::detail::getNonDeterministicRandom());
   return seed_;
 }
+
+uint64_t TestGenerator::states_read() { return g_read; }
+uint64_t TestGenerator::states_set() { return g_set; }
 
 at::Generator make_generator(c10::DeviceIndex index) {
   const char* setting = std::getenv("REPRISE_TEST_GENERATOR");

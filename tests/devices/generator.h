@@ -39,6 +39,11 @@ class TestGenerator : public c10::GeneratorImpl {
   uint64_t current_seed() const override { return seed_; }
   uint64_t seed() override;
 
+  // How often the state of any of these generators was read and set since the
+  // process started.
+  static uint64_t states_read();
+  static uint64_t states_set();
+
  protected:
   uint64_t seed_ = c10::default_rng_seed_val;
 };

@@ -124,6 +124,9 @@ bool has_context(int64_t index) {
   return at::detail::getPrivateUse1Hooks().hasPrimaryContext(static_cast<c10::DeviceIndex>(index));
 }
 
+int64_t states_read() { return static_cast<int64_t>(TestGenerator::states_read()); }
+int64_t states_set() { return static_cast<int64_t>(TestGenerator::states_set()); }
+
 }  // namespace
 
 c10::Allocator* allocator() {
@@ -154,6 +157,8 @@ TORCH_LIBRARY(testdev, m) {
   m.def("set_generator_state(int device, Tensor state) -> ()", &set_generator_state);
   m.def("manual_seed(int device, int seed) -> ()", &manual_seed);
   m.def("has_context(int device) -> bool", &has_context);
+  m.def("states_read() -> int", &states_read);
+  m.def("states_set() -> int", &states_set);
 }
 
 namespace {

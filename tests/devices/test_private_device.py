@@ -7,6 +7,7 @@ generators of the Philox shape.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -372,6 +373,27 @@ def test_a_function_that_draws_everywhere_keeps_everything(use_reentrant: bool) 
         out = torch_reprise.checkpoint(wanders, leaf_on(DEVICES[1], 4), use_reentrant=use_reentrant)
     assert [row.generators for row in recording.rows] == [("cpu", *DEVICES)]
     out.sum().backward()
+
+
+@both_forms
+def test_the_number_of_arguments_costs_nothing(use_reentrant: bool) -> None:
+    """Twelve tensors on one device are one generator: read and set as often as for one tensor."""
+
+    def calls(arguments: int) -> list[tuple[int, int]]:
+        xs = [leaf_on(DEVICES[1], 4) for _ in range(arguments)]
+        counts = [testdev.state_calls()]
+        out = torch_reprise.checkpoint(
+            lambda *xs: draws(sum(xs)), *xs, use_reentrant=use_reentrant, early_stop=False
+        )
+        counts.append(testdev.state_calls())
+        torch.rand(3, device=DEVICES[1])
+        out.sum().backward()
+        counts.append(testdev.state_calls())
+        return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counts)]
+
+    forward, backward = calls(1)
+    assert calls(12) == [forward, backward]
+    assert forward[1] == 0 and backward[1] == 2, "set once to rewind and once to put back"
 
 
 def test_the_generators_are_listed() -> None:

@@ -67,6 +67,11 @@ def seed_devices(seed: int = 11) -> None:
         torch.ops.testdev.manual_seed(index, seed + index)
 
 
+def state_calls() -> tuple[int, int]:
+    """How often the state of a generator was read and set since the process started."""
+    return torch.ops.testdev.states_read(), torch.ops.testdev.states_set()
+
+
 def to_host(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cpu()

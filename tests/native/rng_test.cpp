@@ -2,8 +2,10 @@
 // an opaque one that exist only here stand in for the backends'.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <stdexcept>
+#include <string>
 #include <unordered_set>
 
 #include "check.h"
@@ -57,6 +59,29 @@ class OpaqueGenerator final : public CountingGenerator {
     return state.getIntrusivePtr();
   }
 };
+
+// Devices of a type that has captures, and no CUDA to tell which one is which.
+struct CapturingGuard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return c10::DeviceType::XPU; }
+  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  c10::Device getDevice() const override { return {type(), 0}; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device device) const override {
+    return c10::Stream(c10::Stream::UNSAFE, device, stream);
+  }
+  c10::Stream exchangeStream(c10::Stream) const override { return getStream(getDevice()); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  bool isStreamCapturing(const c10::Stream&) const override {
+    ++asked;
+    return captured;
+  }
+
+  static inline c10::StreamId stream = 0;
+  static inline bool captured = false;
+  static inline int asked = 0;
+};
+C10_REGISTER_GUARD_IMPL(XPU, CapturingGuard)
 
 const c10::SmallVector<c10::Device, 2> kNoDevices;
 
@@ -123,6 +148,33 @@ TEST(philox_is_seed_and_offset) {
   captured.apply(generator);
   EXPECT_EQ(impl->current_seed(), 11u);
   EXPECT_EQ(impl->get_offset(), 16u);
+}
+
+TEST(default_streams_are_not_asked_whether_they_are_captured) {
+  auto generator = make<CountingGenerator>(c10::DeviceType::XPU, c10::DispatchKey::XPU);
+  const auto captured = GeneratorState::capture(generator);
+  EXPECT(captured.is_state_of(generator) && captured.apply(generator));
+  EXPECT_EQ(CapturingGuard::asked, 0);
+  CapturingGuard::stream = 1;
+  EXPECT(captured.is_state_of(generator));
+  EXPECT_EQ(CapturingGuard::asked, 1);
+  CapturingGuard::stream = 0;
+}
+
+TEST(a_capture_that_cannot_be_told_from_another_is_an_error) {
+  auto generator = make<CountingGenerator>(c10::DeviceType::XPU, c10::DispatchKey::XPU);
+  CapturingGuard::stream = 1;
+  CapturingGuard::captured = true;
+  std::string message;
+  try {
+    GeneratorState::capture(generator);
+  } catch (const c10::Error& error) {
+    message = error.what();
+  }
+  CapturingGuard::captured = false;
+  CapturingGuard::stream = 0;
+  EXPECT(message.find("a stream of xpu:0 is being captured") != std::string::npos);
+  EXPECT(message.find("pass preserve_rng_state=False") != std::string::npos);
 }
 
 TEST(an_unknown_backend_is_opaque) {
