@@ -589,7 +589,8 @@ def test_a_child_tells_and_returns() -> None:
     rows = {"count": 0, "quick": True, "rounds": 1, "target_s": 1e-5}
     result = _child.call(rng.__name__, "measure", rows, on_note=notes.append)
     assert result["wrong"] == [] and len(result["rows"]) == 2 * len(rng.OPERATIONS) * 2
-    assert notes == [f"draws from {kind}, 1 tensors a device" for kind in ("all", "none")]
+    # A round of the operations and one of the steps, for each case.
+    assert notes == [f"draws from {k}, 1 tensors a device" for k in ("all", "all", "none", "none")]
 
 
 def test_a_child_that_fails_is_quoted() -> None:

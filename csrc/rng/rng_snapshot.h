@@ -61,7 +61,7 @@ class RngSnapshot {
   static RngSnapshot capture(Generators generators);
 
   // --- a segment's stash ---
-  // Marks the generators, so that keep_what_a_replay_needs() can tell.
+  // Marks the generators, so that needed_by_a_replay() can tell.
   void stamp();
   // The forward is over. Without the generators that it cannot have used: an
   // mt19937 engine that nobody touched, and other kinds that stand where they

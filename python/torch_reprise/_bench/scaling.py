@@ -17,8 +17,8 @@ bookkeeping:
 R is how often the forward is repeated: once, in the nested sweep replayed calls / depth. ``per
 unit`` is O / units. ``added`` is what each unit beyond the smallest size adds, that is
 (O(size) - O(smallest)) / (units(size) - units(smallest)): the constant cost of a segment or of
-a backward drops out of it. How the T are measured is told in ``overhead``; here all sizes of a sweep
-take turns in every round, for they are compared with each other.
+a backward drops out of it. How the T are measured is told in ``overhead``; here all sizes of
+a sweep take turns in every round, for they are compared with each other.
 
 What should come out: a cost per unit that does not depend on the number of units.
 """
