@@ -65,6 +65,7 @@ $(STAMPS)/build: $(TORCH_STAMP) $(BUILD_INPUTS)
 	@$(PIP) install --no-build-isolation --no-deps --editable . \
 	  --config-settings=build-dir=$(BUILD) \
 	  --config-settings=cmake.define.REPRISE_DEV=ON \
+	  --config-settings=install.strip=false \
 	  --config-settings=cmake.define.REPRISE_NATIVE_TESTS=$(NATIVE_TESTS) \
 	  --config-settings=cmake.define.REPRISE_TEST_DEVICE=ON
 	@touch $@

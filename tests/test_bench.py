@@ -24,6 +24,7 @@ from torch_reprise._bench import (
     _child,
     _common,
     _programs,
+    _rng_cases,
     memory,
     overhead,
     rng,
@@ -405,8 +406,8 @@ def test_memory_has_every_measurement(quick: Callable[[str], Done]) -> None:
 def test_rng_has_every_operation(quick: Callable[[str], Done]) -> None:
     rows = quick("rng").rows
     on_cpu = [row for row in rows if row["devices"] == "CPU"]
-    assert len(on_cpu) == 2 * len(rng.OPERATIONS) * 2
-    assert {row["operation"] for row in on_cpu} == set(rng.OPERATIONS)
+    assert len(on_cpu) == 2 * len(_rng_cases.OPERATIONS) * 2
+    assert {row["operation"] for row in on_cpu} == set(_rng_cases.OPERATIONS)
     for row in on_cpu:
         assert row["simulated"] == "False"
         assert float(row["torch_bytes"]) == torch.get_rng_state().nbytes
@@ -465,10 +466,10 @@ def test_what_differs_is_not_measured(name: str, capsys: pytest.CaptureFixture[s
 
 
 def test_a_segment_with_other_random_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = rng.Case(0, "all", 1)
+    case = _rng_cases.Case(0, "all", 1)
     assert case.wrong() == []
-    without = {name: {True: calls[False]} for name, calls in rng.segment_calls().items()}
-    monkeypatch.setattr(rng, "segment_calls", lambda: without)
+    without = {name: {True: calls[False]} for name, calls in _rng_cases.segment_calls().items()}
+    monkeypatch.setattr(_rng_cases, "segment_calls", lambda: without)
     assert case.wrong() == [
         f"{name}, draws from all, 1 tensors a device" for name in ("torch", "ours")
     ]
@@ -527,10 +528,10 @@ def test_what_each_unit_adds() -> None:
 def test_programs_of_the_sweeps_are_what_they_are_called() -> None:
     for size in (1, 5):
         before = ledger.segments(), ledger.live_slots()
-        alive = scaling.saved_tensors(size).forward(partial(checkpoint, use_reentrant=False))
+        alive = _programs.saved_tensors(size).forward(partial(checkpoint, use_reentrant=False))
         assert ledger.segments() - before[0] == 1 and ledger.live_slots() - before[1] == size
         del alive
-        alive = scaling.nested(size).forward(partial(checkpoint, use_reentrant=False))
+        alive = _programs.nested(size).forward(partial(checkpoint, use_reentrant=False))
         assert ledger.segments() - before[0] == 1 + size
         del alive
 
@@ -560,7 +561,7 @@ def test_memory_says_what_does_not_hold() -> None:
 
 def test_random_bytes_of_both_libraries() -> None:
     x = torch.ones(4, requires_grad=True)
-    for name, calls in rng.segment_calls().items():
+    for name, calls in _rng_cases.segment_calls().items():
         segment = partial(calls[True], torch.nn.functional.dropout, x)
         expected = torch.get_rng_state().nbytes if name == "torch" else None
         found = _programs.random_bytes(segment, segments=3)
@@ -587,8 +588,8 @@ def test_a_failed_check_is_the_exit_status(capsys: pytest.CaptureFixture[str]) -
 def test_a_child_tells_and_returns() -> None:
     notes: list[str] = []
     rows = {"count": 0, "quick": True, "rounds": 1, "target_s": 1e-5}
-    result = _child.call(rng.__name__, "measure", rows, on_note=notes.append)
-    assert result["wrong"] == [] and len(result["rows"]) == 2 * len(rng.OPERATIONS) * 2
+    result = _child.call(_rng_cases.__name__, "measure", rows, on_note=notes.append)
+    assert result["wrong"] == [] and len(result["rows"]) == 2 * len(_rng_cases.OPERATIONS) * 2
     # A round of the operations and one of the steps, for each case.
     assert notes == [f"draws from {k}, 1 tensors a device" for k in ("all", "all", "none", "none")]
 

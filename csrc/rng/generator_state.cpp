@@ -4,13 +4,16 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/MT19937RNGEngine.h>
 #include <c10/util/Exception.h>
+#include <pthread.h>
 
 #include <array>
 #include <cstddef>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <typeinfo>
+#include <vector>
 
 #include "torch_compat.h"
 
@@ -23,6 +26,65 @@ struct Mt19937State {
 };
 
 namespace {
+
+// Memory of mt19937 states that nobody needs any more, for the next ones. Asking
+// malloc for 2.5 KB makes it tidy up all small blocks first, which costs a segment
+// several times what is done with the state.
+class StateMemory {
+ public:
+  static void* take(size_t size) {
+    {
+      std::lock_guard<std::mutex> lock(get().mutex_);
+      if (!get().blocks_.empty()) {
+        void* block = get().blocks_.back();
+        get().blocks_.pop_back();
+        return block;
+      }
+    }
+    return ::operator new(size);
+  }
+  static void give_back(void* block) {
+    {
+      std::lock_guard<std::mutex> lock(get().mutex_);
+      if (get().blocks_.size() < kMostBlocks) {
+        get().blocks_.push_back(block);
+        return;
+      }
+    }
+    ::operator delete(block);
+  }
+
+ private:
+  static constexpr size_t kMostBlocks = 256;  // 640 KB: as many segments with dropout
+
+  StateMemory() { blocks_.reserve(kMostBlocks); }
+  static StateMemory& get() {
+    static StateMemory* memory = [] {
+      // A thread that held the lock when the process forked is not in the child.
+      pthread_atfork(nullptr, nullptr, [] { new (&get().mutex_) std::mutex; });
+      return new StateMemory;  // never destroyed: states may outlive static teardown
+    }();
+    return *memory;
+  }
+
+  std::mutex mutex_;
+  std::vector<void*> blocks_;  // all of one size
+};
+
+template <typename T>
+struct StateAllocator {
+  using value_type = T;
+  StateAllocator() = default;
+  template <typename U>
+  StateAllocator(const StateAllocator<U>&) {}  // NOLINT: allocators convert
+  T* allocate(size_t) {
+    // What allocate_shared() makes: the state and its counts.
+    static_assert(sizeof(T) > sizeof(at::mt19937_data_pod) && alignof(T) <= alignof(max_align_t));
+    return static_cast<T*>(StateMemory::take(sizeof(T)));
+  }
+  void deallocate(T* block, size_t) { StateMemory::give_back(block); }
+  bool operator==(const StateAllocator&) const { return true; }
+};
 
 at::CPUGeneratorImpl* as_cpu(const at::Generator& generator) {
   auto* impl = generator.unsafeGetGeneratorImpl();
@@ -74,22 +136,11 @@ void mark(at::mt19937_data_pod& data, bool on) {
 uint64_t hash_bytes(const void* data, size_t size) {
   constexpr uint64_t kFactor = 0xff51afd7ed558ccdull;
   const auto* bytes = static_cast<const unsigned char*>(data);
-  // Lanes that do not wait for each other's products.
-  std::array<uint64_t, 8> lanes{};
-  for (size_t i = 0; i < lanes.size(); ++i) {
-    lanes[i] = 0x9e3779b97f4a7c15ull * (i + 1);
-  }
-  for (; size >= sizeof(lanes); size -= sizeof(lanes), bytes += sizeof(lanes)) {
-    std::array<uint64_t, 8> words{};
-    std::memcpy(words.data(), bytes, sizeof(words));
-    for (size_t i = 0; i < lanes.size(); ++i) {
-      lanes[i] = (lanes[i] ^ words[i]) * kFactor;
-      lanes[i] ^= lanes[i] >> 32;
-    }
-  }
-  uint64_t hash = size;
-  for (const uint64_t lane : lanes) {
-    hash = (hash ^ lane) * kFactor;
+  uint64_t hash = 0x9e3779b97f4a7c15ull ^ size;
+  for (; size >= 8; size -= 8, bytes += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes, 8);
+    hash = (hash ^ word) * kFactor;
     hash ^= hash >> 32;
   }
   for (; size > 0; --size, ++bytes) {
@@ -97,6 +148,11 @@ uint64_t hash_bytes(const void* data, size_t size) {
   }
   return hash;
 }
+
+// Tells the blocks of 624 words of an engine apart. Drawing on replaces every word,
+// and so does a seed, so some of them do; all of them would cost as much as the
+// copies that a replay makes.
+uint64_t hash_block(const at::mt19937_data_pod& data) { return hash_bytes(data.state_.data(), 64); }
 
 template <typename T>
 uint64_t hash_optional(const std::optional<T>& value) {
@@ -244,8 +300,8 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
       const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
       if (!t_last_engine || !stands_at(cpu, now, *t_last_engine)) {
-        auto fresh = std::make_shared<Mt19937State>();
-        fresh->engine = now;
+        auto fresh = std::allocate_shared<Mt19937State>(StateAllocator<Mt19937State>());
+        std::memcpy(&fresh->engine, &now, sizeof(now));
         fresh->next_float = cpu.next_float_normal_sample();
         fresh->next_double = cpu.next_double_normal_sample();
         t_last_engine = std::move(fresh);
@@ -282,7 +338,7 @@ bool GeneratorState::apply(at::Generator& generator) const {
     case Kind::kMt19937: {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
       at::mt19937_data_pod& data = compat::mt19937_data(cpu);
-      data = engine_->engine;
+      std::memcpy(&data, &engine_->engine, sizeof(data));
       mark(data, false);  // it is set, not drawn to
       cpu.set_next_float_normal_sample(engine_->next_float);
       cpu.set_next_double_normal_sample(engine_->next_double);
@@ -418,8 +474,7 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
   uint64_t draws = 0;
   for (uint64_t block = 0; block < kMostBlocks; ++block) {
     const uint64_t first = block == 0 ? begin : 0;
-    if (hash_bytes(data.state_.data(), sizeof(data.state_)) == mark.block_ &&
-        mark.position_ >= first) {
+    if (hash_block(data) == mark.block_ && mark.position_ >= first) {
       return draws + mark.position_ - first;
     }
     draws += 624 - first;
@@ -445,7 +500,7 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       mark.only_drawn_to_ = is_marked(engine);
       // A fresh block is made when the words of the last one are used up.
       mark.position_ = engine.left_ == 1 ? 624 : engine.next_;
-      mark.block_ = hash_bytes(engine.state_.data(), sizeof(engine.state_));
+      mark.block_ = hash_block(engine);
       mark.cached_ = hash_optional(cpu.next_float_normal_sample()) +
                      3 * hash_optional(cpu.next_double_normal_sample());
       break;

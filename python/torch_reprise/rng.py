@@ -186,6 +186,8 @@ def capture(
         TypeError: ``generators`` has something else in it.
         ValueError: a device has no default generator, or is not initialised.
     """
+    if isinstance(devices, str) and devices == "all" and generators == ():
+        return RngSnapshot(_C.RngSnapshot.capture_defaults())
     return RngSnapshot(
         _C.RngSnapshot.capture(
             [*_defaults_on(devices), *require_generators("generators", generators)]

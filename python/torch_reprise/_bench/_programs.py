@@ -126,6 +126,43 @@ def matmul_tanh() -> Workload:
     return Workload("8 x (matmul, tanh) 4x4", [layers], [value, *weights], "segment")
 
 
+@dataclass(frozen=True)
+class Nested(Workload):
+    """``depth`` segments, each inside the one before; one ``tanh`` in each.
+
+    Attributes:
+        operator: what stands for the tanh, so that calls can be counted.
+    """
+
+    depth: int = 1
+    operator: Callable[[Tensor], Tensor] = torch.tanh
+
+    def forward(self, segment: Segment = plainly) -> Tensor:
+        def level(inside: int, value: Tensor) -> Tensor:
+            if inside:
+                value = segment(partial(level, inside - 1), value)
+            return self.operator(value)
+
+        return segment(partial(level, self.depth - 1), self.leaves[0])
+
+
+def saved_tensors(count: int) -> Workload:
+    """One segment with ``count`` saved tensors."""
+
+    def layers(value: Tensor) -> Tensor:
+        for _ in range(count):
+            value = torch.tanh(value)
+        return value
+
+    value = torch.randn(4, 4, requires_grad=True)
+    return Workload(f"{count} x tanh 4x4", [layers], [value], "segment")
+
+
+def nested(depth: int) -> Nested:
+    value = torch.randn(4, 4, requires_grad=True)
+    return Nested(f"{depth} deep, tanh 4x4", [], [value], "step", depth)
+
+
 def check(workload: Workload, functions: Functions) -> list[str]:
     """Names the variants whose gradients are not those of the plain step, bit for bit."""
     expected = workload.gradients(plainly)

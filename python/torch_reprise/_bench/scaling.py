@@ -48,13 +48,15 @@ from ._programs import (
     FORMS,
     STATISTICS,
     Functions,
+    Nested,
     Segment,
     Workload,
     by_label,
     check,
     implementations,
+    nested,
     one_operator,
-    plainly,
+    saved_tensors,
 )
 
 if TYPE_CHECKING:
@@ -85,43 +87,6 @@ COLUMNS = (
 )
 SEGMENTS, SAVED, NESTED = "segments", "saved tensors", "nested"
 UNITS = {SEGMENTS: "segment", SAVED: "saved tensor", NESTED: "replayed call"}
-
-
-@dataclass(frozen=True)
-class Nested(Workload):
-    """``depth`` segments, each inside the one before; one ``tanh`` in each.
-
-    Attributes:
-        operator: what stands for the tanh, so that calls can be counted.
-    """
-
-    depth: int = 1
-    operator: Callable[[Tensor], Tensor] = torch.tanh
-
-    def forward(self, segment: Segment = plainly) -> Tensor:
-        def level(inside: int, value: Tensor) -> Tensor:
-            if inside:
-                value = segment(partial(level, inside - 1), value)
-            return self.operator(value)
-
-        return segment(partial(level, self.depth - 1), self.leaves[0])
-
-
-def saved_tensors(count: int) -> Workload:
-    """One segment with ``count`` saved tensors."""
-
-    def layers(value: Tensor) -> Tensor:
-        for _ in range(count):
-            value = torch.tanh(value)
-        return value
-
-    value = torch.randn(4, 4, requires_grad=True)
-    return Workload(f"{count} x tanh 4x4", [layers], [value], "segment")
-
-
-def nested(depth: int) -> Nested:
-    value = torch.randn(4, 4, requires_grad=True)
-    return Nested(f"{depth} deep, tanh 4x4", [], [value], "step", depth)
 
 
 @dataclass(frozen=True)
@@ -214,8 +179,9 @@ def measure_sizes(
     for size, program in programs.items():
         program.step()
         repeat = calibrate(program.step, options.target_s)
-        steps = [partial(program.step, segment) for segment in segments.values()]
-        for label, thunk in zip(labels, [program.step, program.forward, *steps], strict=True):
+        timed: list[Thunk] = [program.step, program.forward]
+        timed += [partial(program.step, segment) for segment in segments.values()]
+        for label, thunk in zip(labels, timed, strict=True):
             thunks[f"{size} {label}"] = thunk
             inner[f"{size} {label}"] = repeat
 
