@@ -4,7 +4,8 @@
 #   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
 #   make test-cudasim   the tests of tests/cudasim: a CUDA torch on a simulated CUDA, without a GPU
 #   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
-#   make bench   print a benchmark; which one: make bench BENCH=overhead
+#   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
+#                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
 #   make build   the environment and an editable install, which the others start from
 #   make clean   forget builds and caches          make distclean   the environment as well
 #
@@ -14,7 +15,8 @@
 TORCH  ?= 2.13.0
 VENV   ?= .venv
 PYTHON ?= python3
-BENCH  ?= overhead
+BENCH  ?= all
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 # The torch whose CUDA tests/cudasim stands in for: a CUDA build, for CUDA 13.
@@ -72,7 +74,7 @@ demo: build
 	$(BIN)/python -m torch_reprise demo
 
 bench: build
-	$(BIN)/python -m torch_reprise bench $(BENCH)
+	$(BIN)/python -m torch_reprise bench $(BENCH) $(BENCH_ARGS)
 
 test: test-native test-python
 

@@ -39,6 +39,10 @@ class Host {
   // for `recorder` and keeps it alive. Called with the interpreter lock or not.
   virtual HookPair make_hook_pair(c10::intrusive_ptr<Recorder> recorder) = 0;
 
+  // The pair has left the stack: the recorder is let go, and the pair may be used
+  // again if nobody else has it.
+  virtual void take_back(HookPair pair) noexcept = 0;
+
   // The recorder a pack hook stands for, or null for anybody else's hook.
   // Called once per saved tensor, without the interpreter lock; the caller
   // knows that the hook is alive, for it lies on this thread's stack.
@@ -50,6 +54,11 @@ class Host {
 
   // "file.py:12 in forward", or an empty string.
   virtual std::string describe(const SourceLocation& where) = 0;
+
+  // Takes the interpreter lock, which this thread may hold already; what it returns
+  // is for release_acquired(). Around several calls of this interface that need it.
+  virtual int acquire_interpreter() noexcept = 0;
+  virtual void release_acquired(int token) noexcept = 0;
 
   // Gives the interpreter lock up if this thread holds it; reacquire() takes
   // it back. Waiting for another thread happens between the two.
@@ -63,6 +72,12 @@ class Host {
   // generator that the whole process shares.
   virtual bool is_alone() noexcept = 0;
 
+  // Ends a replay as soon as the operator that this thread executes returns to the
+  // function that called it, by the exception of throw_early_stop(), raised there.
+  // False if that cannot be done: then it has to be thrown. True also if the
+  // operator is all there is to end.
+  virtual bool stop_after_operator() noexcept = 0;
+
   // Ends a replay from inside an operator. The exception passes through user
   // code, so it is one that `except Exception` does not catch.
   [[noreturn]] virtual void throw_early_stop() = 0;
@@ -74,6 +89,18 @@ class Host {
 // Set once, when the extension is loaded, before any segment exists.
 void set_host(Host* host) noexcept;
 Host& host() noexcept;
+
+// Holds the interpreter lock for a scope. See Host::acquire_interpreter.
+class InterpreterHeld {
+ public:
+  InterpreterHeld() : token_(host().acquire_interpreter()) {}
+  ~InterpreterHeld() { host().release_acquired(token_); }
+  InterpreterHeld(const InterpreterHeld&) = delete;
+  InterpreterHeld& operator=(const InterpreterHeld&) = delete;
+
+ private:
+  int token_;
+};
 
 // Gives the interpreter lock up for a scope. See Host::release_interpreter.
 class InterpreterReleased {

@@ -1,6 +1,7 @@
 #include "torch_compat.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/SequenceNumber.h>
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
@@ -13,7 +14,9 @@
 
 #include <atomic>
 #include <memory>
+#include <string_view>
 #include <type_traits>
+#include <typeinfo>
 #include <unordered_set>
 
 #include "segment/recorder.h"
@@ -134,7 +137,7 @@ HookScope::~HookScope() {
     return;
   }
   while (at::SavedTensorDefaultHooks::get_tls_state().stack.size() > depth_) {
-    at::SavedTensorDefaultHooks::pop_hooks();
+    host().take_back(at::SavedTensorDefaultHooks::pop_hooks());
   }
 }
 
@@ -162,6 +165,31 @@ std::optional<HookPair> hook_pair_below(PyObject* pack_hook) {
     }
   }
   return std::nullopt;
+}
+
+namespace {
+
+// The arguments of an explicit instantiation may name private members; what is
+// made of them here is what the friend function returns.
+template <typename Tag, typename Tag::Pointer Member>
+struct Open {
+  friend typename Tag::Pointer member_of(Tag) { return Member; }
+};
+struct EngineOfGenerator {
+  using Pointer = at::mt19937 at::CPUGeneratorImpl::*;
+  friend Pointer member_of(EngineOfGenerator);
+};
+struct DataOfEngine {
+  using Pointer = at::mt19937_data_pod at::mt19937::*;
+  friend Pointer member_of(DataOfEngine);
+};
+template struct Open<EngineOfGenerator, &at::CPUGeneratorImpl::engine_>;
+template struct Open<DataOfEngine, &at::mt19937::data_>;
+
+}  // namespace
+
+at::mt19937_data_pod& mt19937_data(at::CPUGeneratorImpl& generator) noexcept {
+  return generator.*member_of(EngineOfGenerator()).*member_of(DataOfEngine());
 }
 
 ReplayKey current_replay_key() {
@@ -215,6 +243,22 @@ void set_chain_token(uint64_t token) {
 std::string current_node_name() {
   auto node = ag::get_current_node();
   return node ? node->name() : std::string();
+}
+
+bool running_node_unpacks_once() {
+  const auto node = ag::get_current_node();
+  if (!node) {
+    return false;
+  }
+  constexpr std::string_view generated = "N5torch8autograd9generated";
+  const ag::Node& running = *node;
+  return std::string_view(typeid(running).name()).substr(0, generated.size()) == generated;
+}
+
+bool is_output_of_newest_node(const at::Tensor& tensor) {
+  const auto* meta = ag::impl::get_autograd_meta(tensor);
+  return meta != nullptr && meta->grad_fn_ &&
+         meta->grad_fn_->sequence_nr() + 1 == at::sequence_number::peek();
 }
 
 bool graph_task_is_restricted() {
@@ -294,7 +338,11 @@ at::Tensor values_of(const at::Tensor& tensor) {
   if (!is_plain(tensor)) {
     return tensor.detach();
   }
-  return alias_of(tensor);
+  if (tensor.is_leaf()) {
+    return tensor;
+  }
+  return at::Tensor(tensor.unsafeGetTensorImpl()->shallow_copy_and_detach(
+      c10::VariableVersion(0), /*allow_tensor_metadata_change=*/true));
 }
 
 at::Tensor alias_of(const at::Tensor& tensor) {

@@ -6,8 +6,10 @@
 // doing what its comment says.
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Generator.h>
+#include <ATen/core/MT19937RNGEngine.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/SafePyObject.h>
@@ -89,6 +91,16 @@ bool inside_functorch();
 std::optional<HookPair> hook_pair_below(PyObject* pack_hook);
 
 // ---------------------------------------------------------------------------
+// Generators
+// ---------------------------------------------------------------------------
+
+// The state of a CPU generator's engine where it lies. CPUGeneratorImpl::engine()
+// and mt19937::data() copy 2,504 bytes each, and a segment looks at the engine some
+// ten times. Both members are private in 2.13 and 2.14; a build against a torch
+// that renamed them fails. The caller holds the generator's mutex.
+at::mt19937_data_pod& mt19937_data(at::CPUGeneratorImpl& generator) noexcept;
+
+// ---------------------------------------------------------------------------
 // Graph tasks
 // ---------------------------------------------------------------------------
 
@@ -117,6 +129,15 @@ void set_chain_token(uint64_t token);
 
 // The node this thread is executing, e.g. "MulBackward0", or "".
 std::string current_node_name();
+
+// Does the node that this thread is executing unpack each of its saved tensors
+// once per call? True of the nodes that torch generates from its list of
+// derivatives; the user's own may unpack as often as they like.
+bool running_node_unpacks_once();
+
+// Is `tensor` what the newest autograd node of this thread has computed? Nodes are
+// numbered per thread (2.13, 2.14). A wrong answer costs time, nothing else.
+bool is_output_of_newest_node(const at::Tensor& tensor);
 
 // Is this backward call restricted to some inputs (autograd.grad, inputs=)?
 bool graph_task_is_restricted();
@@ -158,9 +179,11 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
     const std::vector<std::optional<at::Tensor>>& outputs,
     const c10::intrusive_ptr<torch::autograd::Node>& node);
 
-// A tensor's values without its history. For plain tensors this skips the
-// dispatcher (a tenth of the cost of at::Tensor::detach); everything that has
-// behaviour of its own (subclasses, functorch wrappers, ...) takes the long way.
+// A tensor's values without its history: the tensor itself if it has none, be it
+// a leaf or not. For plain tensors this skips the dispatcher (a tenth of the cost
+// of at::Tensor::detach); everything that has behaviour of its own (subclasses,
+// functorch wrappers, ...) takes the long way. What it makes has a version counter
+// of its own, so that SavedVariable takes it over instead of copying it again.
 at::Tensor values_of(const at::Tensor& tensor);
 
 // A tensor of its own for the same values, without history.

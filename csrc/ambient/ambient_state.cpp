@@ -1,5 +1,8 @@
 #include "ambient/ambient_state.h"
 
+#include <ATen/Context.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include <algorithm>
 
 namespace reprise {
@@ -7,29 +10,79 @@ namespace reprise {
 using at::impl::PythonTorchFunctionTLS;
 using c10::impl::TorchDispatchModeTLS;
 
+namespace {
+
+// Can a tensor be on a device of this type? If not, its autocast dtype decides
+// nothing while its autocast is off. Types that torch cannot tell this of, and
+// PrivateUse1, whose backend may come later, count as there.
+bool may_compute(c10::DeviceType type) {
+  switch (type) {
+    case c10::DeviceType::CUDA:
+    case c10::DeviceType::XPU:
+    case c10::DeviceType::MPS:
+    case c10::DeviceType::MTIA:
+    case c10::DeviceType::HPU:
+      return at::globalContext().getAcceleratorHooksInterface(type).isBuilt();
+    default:
+      return true;
+  }
+}
+
+struct AutocastDevice {
+  c10::DeviceType type;
+  c10::DispatchKey key;
+  bool may_compute;
+};
+
+// Two calls into torch per device type and segment would cost more than the rest
+// of what is noted, and most of the ten types are of backends that are not there.
+const std::array<AutocastDevice, kAutocastDevices>& autocast_devices() {
+  static const auto devices = [] {
+    std::array<AutocastDevice, kAutocastDevices> found{};
+    for (size_t i = 0; i < found.size(); ++i) {
+      const auto type = at::autocast::_AUTOCAST_SUPPORTED_DEVICES[i];
+      found[i] = {type, at::autocast::get_autocast_dispatch_key_from_device_type(type),
+                  may_compute(type)};
+    }
+    return found;
+  }();
+  return devices;
+}
+
+}  // namespace
+
 AutocastState AutocastState::current() {
   AutocastState state;
-  const auto& devices = at::autocast::_AUTOCAST_SUPPORTED_DEVICES;
+  const auto& devices = autocast_devices();
+  // is_autocast_enabled() asks whether the key is excluded: once for all of them.
+  const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
   for (size_t i = 0; i < devices.size(); ++i) {
-    state.enabled |= at::autocast::is_autocast_enabled(devices[i]) ? 1u << i : 0u;
-    state.dtypes[i] = at::autocast::get_autocast_dtype(devices[i]);
+    const bool on = !excluded.has(devices[i].key);
+    state.enabled |= on ? 1u << i : 0u;
+    if (on || devices[i].may_compute) {
+      state.dtypes[i] = at::autocast::get_autocast_dtype(devices[i].type);
+    }
   }
   state.cache = at::autocast::is_autocast_cache_enabled();
   return state;
 }
 
-void AutocastState::apply() const {
-  const auto& devices = at::autocast::_AUTOCAST_SUPPORTED_DEVICES;
+void AutocastState::apply(const AutocastState& now) const {
+  if (*this == now) {
+    return;
+  }
+  const auto& devices = autocast_devices();
   for (size_t i = 0; i < devices.size(); ++i) {
-    const bool on = (enabled >> i & 1u) != 0;
-    if (at::autocast::is_autocast_enabled(devices[i]) != on) {
-      at::autocast::set_autocast_enabled(devices[i], on);
+    const auto bit = 1u << i;
+    if ((enabled & bit) != (now.enabled & bit)) {
+      at::autocast::set_autocast_enabled(devices[i].type, (enabled & bit) != 0);
     }
-    if (at::autocast::get_autocast_dtype(devices[i]) != dtypes[i]) {
-      at::autocast::set_autocast_dtype(devices[i], dtypes[i]);
+    // Undefined: it was not worth noting.
+    if (dtypes[i] != now.dtypes[i] && dtypes[i] != at::ScalarType::Undefined) {
+      at::autocast::set_autocast_dtype(devices[i].type, dtypes[i]);
     }
   }
-  if (at::autocast::is_autocast_cache_enabled() != cache) {
+  if (cache != now.cache) {
     at::autocast::set_autocast_cache_enabled(cache);
   }
 }
@@ -75,7 +128,7 @@ AmbientScope::AmbientScope(const AmbientState& state) : outer_autocast_(Autocast
     at::autocast::increment_nesting();
     autocast_nested_ = true;
   }
-  state.autocast_.apply();
+  state.autocast_.apply(outer_autocast_);
   for (const auto& mode : state.function_modes_) {
     if (!is_active<PythonTorchFunctionTLS>(mode)) {
       PythonTorchFunctionTLS::push_onto_stack(mode);
@@ -97,7 +150,7 @@ AmbientScope::~AmbientScope() {
   for (; function_modes_ > 0; --function_modes_) {
     PythonTorchFunctionTLS::pop_stack();
   }
-  outer_autocast_.apply();
+  outer_autocast_.apply(AutocastState::current());
   if (autocast_nested_ && at::autocast::decrement_nesting() == 0) {
     at::autocast::clear_cache();
   }

@@ -26,12 +26,20 @@ constexpr size_t kAutocastDevices =
 struct AutocastState {
   uint32_t enabled = 0;  // bit i: device i of _AUTOCAST_SUPPORTED_DEVICES
   bool cache = true;
-  std::array<at::ScalarType, kAutocastDevices> dtypes{};
+  // Undefined for devices that no tensor can be on while their autocast is off.
+  std::array<at::ScalarType, kAutocastDevices> dtypes = undefined();
 
   static AutocastState current();
-  // Sets what differs from the current state.
-  void apply() const;
+  // Sets what differs from `now`, the current state.
+  void apply(const AutocastState& now) const;
   bool operator==(const AutocastState&) const = default;
+
+ private:
+  static constexpr std::array<at::ScalarType, kAutocastDevices> undefined() {
+    std::array<at::ScalarType, kAutocastDevices> all{};
+    all.fill(at::ScalarType::Undefined);
+    return all;
+  }
 };
 
 class AmbientState {

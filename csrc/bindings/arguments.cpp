@@ -58,8 +58,27 @@ Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors,
   generators_ = nullptr;
 }
 
+namespace {
+
+// Exactly one of the types that are most often met and neither a tensor nor a
+// container: the general question, which asks a metaclass, costs more than all else.
+bool is_simple(PyObject* value) {
+  return value == Py_None || PyLong_CheckExact(value) || PyFloat_CheckExact(value) ||
+         PyBool_Check(value) || PyUnicode_CheckExact(value);
+}
+
+bool is_plain_container(PyObject* value) {
+  return PyTuple_CheckExact(value) || PyList_CheckExact(value) || PyDict_CheckExact(value);
+}
+
+}  // namespace
+
 bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known) {
-  if (THPVariable_Check(value)) {
+  if (is_simple(value)) {
+    nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
+    return false;
+  }
+  if (!is_plain_container(value) && THPVariable_Check(value)) {
     tensors.push_back(THPVariable_Unpack(value));
     nodes_.push_back({Kind::kTensor, 0, Ref()});
     return true;

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "bindings/bind.h"
+#include "bindings/early_stop.h"
 #include "bindings/generators.h"
 #include "bindings/python_host.h"
 #include "bindings/python_object.h"

@@ -1,5 +1,6 @@
 /* The chain of frames of the calling thread, without the interpreter lock.
-   Plain C, for CPython's internal headers are not C++. See source_location.h. */
+   Plain C, for CPython's internal headers are not C++. See source_location.h
+   and early_stop.h. */
 #pragma once
 
 #include <Python.h>
@@ -15,6 +16,14 @@ int reprise_frames_supported(void);
    borrowed code object (null for frames without one) and the byte offset of the
    instruction that executes. */
 const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* instruction);
+
+/* The innermost frame and the address of the instruction that it executes; null
+   if there is none or frames cannot be read. */
+const void* reprise_current_frame(const void** instruction);
+
+/* 1 if that instruction is a call after which the interpreter handles pending
+   calls before it does anything else, and this is the thread that handles them. */
+int reprise_handles_pending_calls_after(const void* instruction);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,11 @@
 #include "bindings/generators.h"
 
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/Generator.h>
 
-#include <unordered_set>
+#include <algorithm>
+#include <array>
+#include <cstdint>
 
 #include "bindings/python_object.h"
 
@@ -31,7 +34,7 @@ class Search {
       Ref inner = Ref::steal(PyObject_GetAttrString(object, "func"));
       Ref args = Ref::steal(PyObject_GetAttrString(object, "args"));
       Ref keywords = Ref::steal(PyObject_GetAttrString(object, "keywords"));
-      if (inner && args && keywords && seen_.insert(object).second) {
+      if (inner && args && keywords && is_new(object)) {
         callable(inner.get());
         value(args.get());
         value(keywords.get());
@@ -104,6 +107,15 @@ class Search {
     return !PyType_Check(object) && !PyFunction_Check(object) && !PyModule_Check(object);
   }
 
+  // True the first time an object is met.
+  bool is_new(PyObject* object) {
+    if (std::find(seen_.begin(), seen_.end(), object) != seen_.end()) {
+      return false;
+    }
+    seen_.push_back(object);
+    return true;
+  }
+
   // The attributes of an object, and of its submodules if it is a module.
   void attributes(PyObject* object) {
     PyObject** dict = _PyObject_GetDictPtr(object);
@@ -121,13 +133,19 @@ class Search {
     } else {
       held = Ref::borrow(*dict);
     }
-    if (!seen_.insert(object).second) {
+    if (!is_new(object)) {
       return;
     }
     static PyObject* const modules_name = PyUnicode_InternFromString("_modules");
+    // Dicts of a module with tensors alone.
+    static PyObject* const parameters_name = PyUnicode_InternFromString("_parameters");
+    static PyObject* const buffers_name = PyUnicode_InternFromString("_buffers");
     PyObject *key = nullptr, *entry = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(held.get(), &position, &key, &entry) != 0;) {
       if (PyDict_CheckExact(entry)) {
+        if (key == parameters_name || key == buffers_name) {
+          continue;
+        }
         if (key == modules_name) {
           PyObject *name = nullptr, *submodule = nullptr;
           for (Py_ssize_t i = 0; PyDict_Next(entry, &i, &name, &submodule) != 0;) {
@@ -143,16 +161,37 @@ class Search {
   }
 
   std::vector<at::Generator>& found_;
-  std::unordered_set<PyObject*> seen_;
+  c10::SmallVector<PyObject*, 32> seen_;  // a block has tens of modules, not thousands
 };
+
+// Is this type torch.Generator or derived from it? Looking through the bases of
+// every attribute's type would be most of the cost of a search, so what was found
+// is kept by type and version, which CPython changes with the type's bases and
+// does not use twice. Guarded by the interpreter lock.
+bool is_generator_type(PyTypeObject* type) noexcept {
+  struct Line {
+    PyTypeObject* type = nullptr;
+    unsigned int version = 0;
+    bool yes = false;
+  };
+  static std::array<Line, 256> lines;
+  auto* generator = reinterpret_cast<PyTypeObject*>(THPGeneratorClass);
+  const unsigned int version = type->tp_version_tag;
+  if (version == 0) {
+    return PyType_IsSubtype(type, generator) != 0;
+  }
+  Line& line = lines[(reinterpret_cast<uintptr_t>(type) >> 4) % lines.size()];
+  if (line.type != type || line.version != version) {
+    line = {type, version, PyType_IsSubtype(type, generator) != 0};
+  }
+  return line.yes;
+}
 
 }  // namespace
 
 const at::Generator* as_generator(PyObject* object) noexcept {
-  auto* type = reinterpret_cast<PyTypeObject*>(THPGeneratorClass);
-  return Py_TYPE(object) == type || PyType_IsSubtype(Py_TYPE(object), type) != 0
-             ? &reinterpret_cast<THPGenerator*>(object)->cdata
-             : nullptr;
+  return is_generator_type(Py_TYPE(object)) ? &reinterpret_cast<THPGenerator*>(object)->cdata
+                                            : nullptr;
 }
 
 void find_generators(PyObject* function, std::vector<at::Generator>& found) {

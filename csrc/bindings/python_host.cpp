@@ -5,9 +5,11 @@
 
 #include <cstddef>
 #include <memory>
+#include <utility>
+#include <vector>
 
+#include "bindings/early_stop.h"
 #include "bindings/python_object.h"
-#include "bindings/python_program.h"
 #include "bindings/source_location.h"
 #include "host.h"
 #include "segment/recorder.h"
@@ -124,6 +126,12 @@ class PythonHost final : public Host {
  public:
   HookPair make_hook_pair(c10::intrusive_ptr<Recorder> recorder) override {
     WithInterpreter lock;
+    if (!idle_pairs_.empty()) {
+      HookPair pair = std::move(idle_pairs_.back());
+      idle_pairs_.pop_back();
+      as_hook_pack(pair)->recorder = recorder.release();
+      return pair;
+    }
     auto* pack_hook = PyObject_New(HookPack, &g_hook_pack_type);
     if (pack_hook == nullptr) {
       throw_python_error();
@@ -135,6 +143,19 @@ class PythonHost final : public Host {
             c10::SafePyObject(g_unpack, getPyInterpreter())};
   }
 
+  void take_back(HookPair pair) noexcept override {
+    WithInterpreter lock;
+    HookPack* pack_hook = as_hook_pack(pair);
+    // The thread-local state of a backward inside of fn holds copies.
+    if (pack_hook == nullptr || Py_REFCNT(reinterpret_cast<PyObject*>(pack_hook)) != 1 ||
+        idle_pairs_.size() >= kMostIdlePairs) {
+      return;
+    }
+    const auto dropped =
+        c10::intrusive_ptr<Recorder>::reclaim(std::exchange(pack_hook->recorder, nullptr));
+    idle_pairs_.push_back(std::move(pair));
+  }
+
   Recorder* recorder_of(PyObject* pack_hook) noexcept override {
     return Py_TYPE(pack_hook) == &g_hook_pack_type
                ? reinterpret_cast<HookPack*>(pack_hook)->recorder
@@ -144,6 +165,12 @@ class PythonHost final : public Host {
   SourceLocation current_location() noexcept override { return bindings::current_location(); }
 
   std::string describe(const SourceLocation& where) override { return bindings::describe(where); }
+
+  int acquire_interpreter() noexcept override { return PyGILState_Ensure(); }
+
+  void release_acquired(int token) noexcept override {
+    PyGILState_Release(static_cast<PyGILState_STATE>(token));
+  }
 
   void* release_interpreter() noexcept override {
     return PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr;
@@ -178,6 +205,8 @@ class PythonHost final : public Host {
     return true;
   }
 
+  bool stop_after_operator() noexcept override { return bindings::stop_after_operator(); }
+
   [[noreturn]] void throw_early_stop() override {
     WithInterpreter lock;
     PyErr_SetNone(early_stop_type());
@@ -189,6 +218,17 @@ class PythonHost final : public Host {
     set_checkpoint_error_message(message.c_str());
     throw_python_error();
   }
+
+ private:
+  static HookPack* as_hook_pack(const HookPair& pair) noexcept {
+    PyObject* pack_hook = pair.first.ptr(getPyInterpreter());
+    return Py_TYPE(pack_hook) == &g_hook_pack_type ? reinterpret_cast<HookPack*>(pack_hook)
+                                                   : nullptr;
+  }
+
+  // As many as segments are nested, on all threads. Guarded by the interpreter lock.
+  static constexpr size_t kMostIdlePairs = 16;
+  std::vector<HookPair> idle_pairs_;
 };
 
 }  // namespace

@@ -1,16 +1,8 @@
 #include "bindings/python_program.h"
 
-namespace reprise::bindings {
+#include "bindings/early_stop.h"
 
-PyObject* early_stop_type() {
-  static PyObject* type =
-      checked(PyErr_NewExceptionWithDoc("torch_reprise._C.EarlyStop",
-                                        "Ends a replay when every tensor that backward needs is "
-                                        "recomputed. Let it pass.",
-                                        PyExc_BaseException, nullptr))
-          .release();
-  return type;
-}
+namespace reprise::bindings {
 
 Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObject* kwargs,
                     bool* suppressed) {
@@ -113,9 +105,13 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
 Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
                                     const std::atomic<bool>& stopped) {
   WithInterpreter lock;
+  const StopScope scope;
   bool suppressed = false;
   Ref result = call(std::move(inputs), &suppressed);
   const bool stop = stopped.load(std::memory_order_relaxed);
+  if (result && stop && scope.ended_by_itself()) {
+    return Outcome::kStopped;
+  }
   if (result || suppressed) {
     return stop ? Outcome::kWentOnAfterStop : Outcome::kFinished;
   }

@@ -51,7 +51,4 @@ class PythonProgram final : public Program {
 Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObject* kwargs,
                     bool* suppressed);
 
-// The exception type that ends a replay. Strong, for ever.
-PyObject* early_stop_type();
-
 }  // namespace reprise::bindings

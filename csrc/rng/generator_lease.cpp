@@ -21,18 +21,23 @@ struct State {
   std::condition_variable given_back;
   std::vector<std::pair<const void*, uint64_t>> held;  // generator, token of its chain
   std::vector<std::thread::id> waiting;
-  uint64_t turns = 0;
 };
 
 std::atomic<int64_t> g_wait_limit_ms{300'000};
 std::atomic<uint64_t> g_last_token{0};
+// Read without the lock by every replay; changed with it.
+std::atomic<uint64_t> g_turns{0};
+std::atomic<size_t> g_held{0};
 State* g_state = nullptr;  // never destroyed: threads may outlive static teardown
 
 State& state() {
   static const bool made = [] {
     g_state = new State;
     // A child has one thread, and none of the others gives anything back there.
-    pthread_atfork(nullptr, nullptr, [] { g_state = new State; });
+    pthread_atfork(nullptr, nullptr, [] {
+      g_state = new State;
+      g_held.store(0);
+    });
     return true;
   }();
   (void)made;
@@ -54,14 +59,16 @@ bool GeneratorLease::try_take(uint64_t token, c10::ArrayRef<at::Generator> gener
       return false;
     }
   }
-  ++s.turns;
   for (const auto& generator : generators) {
     const void* impl = generator.unsafeGetGeneratorImpl();
     if (std::find(s.held.begin(), s.held.end(), std::pair(impl, token)) == s.held.end()) {
       s.held.emplace_back(impl, token);
+      g_held.store(s.held.size());
       taken_.push_back(impl);
     }
   }
+  // Last: whoever counts this turn as one of the past sees that it is held.
+  g_turns.fetch_add(1);
   return true;
 }
 
@@ -113,11 +120,15 @@ GeneratorLease::~GeneratorLease() {
                                          taken_.end();
                                 }),
                  s.held.end());
+    g_held.store(s.held.size());
   }
   s.given_back.notify_all();
 }
 
 bool GeneratorLease::held_by_this_chain() {
+  if (g_held.load() == 0) {
+    return false;
+  }
   const uint64_t token = compat::chain_token();
   if (token == 0) {
     return false;
@@ -129,6 +140,9 @@ bool GeneratorLease::held_by_this_chain() {
 }
 
 bool GeneratorLease::held_by_others() {
+  if (g_held.load() == 0) {
+    return false;
+  }
   const uint64_t token = compat::chain_token();
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
@@ -136,11 +150,7 @@ bool GeneratorLease::held_by_others() {
                      [token](const auto& held) { return held.second != token; });
 }
 
-uint64_t GeneratorLease::turns() {
-  State& s = state();
-  std::lock_guard<std::mutex> lock(s.mutex);
-  return s.turns;
-}
+uint64_t GeneratorLease::turns() { return g_turns.load(); }
 
 bool GeneratorLease::is_waiting(std::thread::id thread) {
   State& s = state();

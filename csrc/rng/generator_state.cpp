@@ -12,6 +12,8 @@
 #include <optional>
 #include <typeinfo>
 
+#include "torch_compat.h"
+
 namespace reprise {
 
 struct Mt19937State {
@@ -70,16 +72,28 @@ void mark(at::mt19937_data_pod& data, bool on) {
 // Not cryptographic: it tells states of one generator apart, of which a program
 // meets few.
 uint64_t hash_bytes(const void* data, size_t size) {
+  constexpr uint64_t kFactor = 0xff51afd7ed558ccdull;
   const auto* bytes = static_cast<const unsigned char*>(data);
-  uint64_t hash = 0x9e3779b97f4a7c15ull ^ size;
-  for (; size >= 8; size -= 8, bytes += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, bytes, 8);
-    hash = (hash ^ word) * 0xff51afd7ed558ccdull;
+  // Lanes that do not wait for each other's products.
+  std::array<uint64_t, 8> lanes{};
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    lanes[i] = 0x9e3779b97f4a7c15ull * (i + 1);
+  }
+  for (; size >= sizeof(lanes); size -= sizeof(lanes), bytes += sizeof(lanes)) {
+    std::array<uint64_t, 8> words{};
+    std::memcpy(words.data(), bytes, sizeof(words));
+    for (size_t i = 0; i < lanes.size(); ++i) {
+      lanes[i] = (lanes[i] ^ words[i]) * kFactor;
+      lanes[i] ^= lanes[i] >> 32;
+    }
+  }
+  uint64_t hash = size;
+  for (const uint64_t lane : lanes) {
+    hash = (hash ^ lane) * kFactor;
     hash ^= hash >> 32;
   }
   for (; size > 0; --size, ++bytes) {
-    hash = (hash ^ *bytes) * 0xff51afd7ed558ccdull;
+    hash = (hash ^ *bytes) * kFactor;
   }
   return hash;
 }
@@ -215,13 +229,7 @@ void GeneratorState::stamp(at::Generator& generator) {
   }
   auto* cpu = static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
   std::lock_guard<std::mutex> lock(cpu->mutex_);
-  at::mt19937 engine = cpu->engine();
-  at::mt19937_data_pod data = engine.data();
-  if (!is_marked(data)) {
-    mark(data, true);
-    engine.set_data(data);
-    cpu->set_engine(engine);
-  }
+  mark(compat::mt19937_data(*cpu), true);
 }
 
 bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
@@ -230,7 +238,7 @@ bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   }
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
   std::lock_guard<std::mutex> lock(cpu.mutex_);
-  const at::mt19937_data_pod now = cpu.engine().data();
+  const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
   return is_marked(now) && stands_at(cpu, now, *engine_);
 }
 
@@ -242,7 +250,7 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
   switch (state.kind_) {
     case Kind::kMt19937: {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-      const at::mt19937_data_pod now = cpu.engine().data();
+      const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
       if (!t_last_engine || !stands_at(cpu, now, *t_last_engine)) {
         auto fresh = std::make_shared<Mt19937State>();
         fresh->engine = now;
@@ -281,11 +289,9 @@ bool GeneratorState::apply(at::Generator& generator) const {
   switch (kind_) {
     case Kind::kMt19937: {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-      at::mt19937_data_pod data = engine_->engine;
+      at::mt19937_data_pod& data = compat::mt19937_data(cpu);
+      data = engine_->engine;
       mark(data, false);  // it is set, not drawn to
-      at::mt19937 engine;
-      engine.set_data(data);
-      cpu.set_engine(engine);
       cpu.set_next_float_normal_sample(engine_->next_float);
       cpu.set_next_double_normal_sample(engine_->next_double);
       break;
@@ -311,7 +317,7 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
            impl->current_seed() == seed_;
   }
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-  return stands_at(cpu, cpu.engine().data(), *engine_);
+  return stands_at(cpu, compat::mt19937_data(cpu), *engine_);
 }
 
 bool GeneratorState::operator==(const GeneratorState& other) const {
@@ -442,7 +448,7 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
   switch (mark.kind_) {
     case GeneratorState::Kind::kMt19937: {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-      const at::mt19937_data_pod engine = cpu.engine().data();
+      const at::mt19937_data_pod& engine = compat::mt19937_data(cpu);
       mark.seed_ = engine.seed_;
       mark.only_drawn_to_ = is_marked(engine);
       // A fresh block is made when the words of the last one are used up.

@@ -125,19 +125,20 @@ void RngSnapshot::stamp() {
   }
 }
 
-void RngSnapshot::keep_what_a_replay_needs(const c10::SmallVectorImpl<c10::Device>& devices) {
-  const auto is_not_needed = [&devices](Entry& e) {
+RngSnapshot RngSnapshot::needed_by_a_replay(
+    const c10::SmallVectorImpl<c10::Device>& devices) const {
+  RngSnapshot needed;
+  for (const auto& e : entries_) {
     if (e.state.is_untouched_since(e.generator)) {
-      return true;
+      continue;
     }
-    e.moved = !e.state.is_state_of(e.generator);
-    return !e.moved && e.state.kind() != GeneratorState::Kind::kMt19937 &&
-           std::find(devices.begin(), devices.end(), e.generator.device()) == devices.end();
-  };
-  entries_.erase(std::remove_if(entries_.begin(), entries_.end(), is_not_needed), entries_.end());
-  for (auto& entry : entries_) {
-    entry.end = GeneratorMark::of(entry.generator);
+    const bool moved = !e.state.is_state_of(e.generator);
+    if (moved || e.state.kind() == GeneratorState::Kind::kMt19937 ||
+        std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
+      needed.entries_.push_back({e.generator, e.state, GeneratorMark::of(e.generator), moved});
+    }
   }
+  return needed;
 }
 
 std::vector<std::string> RngSnapshot::names_of_moved() const {

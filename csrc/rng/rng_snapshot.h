@@ -61,13 +61,13 @@ class RngSnapshot {
   static RngSnapshot capture(Generators generators);
 
   // --- a segment's stash ---
-  // Marks the generators, so that keep_what_a_replay_needs() can tell.
+  // Marks the generators, so that needed_by_a_replay() can tell.
   void stamp();
-  // The forward is over. Leaves out the generators that it cannot have used: an
+  // The forward is over. Without the generators that it cannot have used: an
   // mt19937 engine that nobody touched, and other kinds that stand where they
   // stood and whose device no tensor of the segment was on (16 bytes each stay
   // for the others). Notes where the rest stands now: a replay must end there.
-  void keep_what_a_replay_needs(const c10::SmallVectorImpl<c10::Device>& devices);
+  RngSnapshot needed_by_a_replay(const c10::SmallVectorImpl<c10::Device>& devices) const;
   // After that: generators that exist now and did not when this was
   // captured, and that moved since. A Philox generator began at offset 0 with
   // the seed it has; of others nothing is known: their names are returned.

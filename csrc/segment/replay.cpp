@@ -1,6 +1,7 @@
 #include "segment/replay.h"
 
 #include <ATen/ATen.h>
+#include <ATen/SequenceNumber.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -55,6 +56,7 @@ void Replay::run(Segment& segment) {
   std::string rng_differs;
   {
     ReplayScope scope(segment);
+    const InterpreterHeld held;  // once for fn and for the pair around it
     compat::HookScope hooks(host().make_hook_pair(
         c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
                                             c10::intrusive_ptr<Replay>::reclaim_copy(this))));
@@ -84,9 +86,39 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
     }
   }
   cursor_ = 0;
+  operator_begin_ = 0;
   mismatches_.clear();
   failure_.clear();
   stopped_.store(false, std::memory_order_relaxed);
+}
+
+namespace {
+
+// Elements that a whole operator may have saved to be allowed to finish: about
+// as many as are multiplied in the time of the exception.
+constexpr int64_t kFewElements = 8192;
+
+}  // namespace
+
+bool Replay::is_nearly_done(const Segment& segment, uint32_t index,
+                            const at::Tensor& tensor) const {
+  if (compat::is_output_of_newest_node(tensor)) {
+    return true;
+  }
+  int64_t elements = 0;
+  for (uint32_t i = operator_begin_; i <= index; ++i) {
+    int64_t count = 1;
+    const Slot& slot = segment.slots_[i];
+    for (uint16_t d = 0; d < slot.dim; ++d) {
+      const int64_t size = segment.sizes_[slot.first_size + d];
+      count = size < 0 || size > kFewElements ? kFewElements + 1 : count * size;
+      if (count > kFewElements) {
+        return false;
+      }
+    }
+    elements += count;
+  }
+  return elements <= kFewElements;
 }
 
 at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
@@ -95,11 +127,17 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
     return values;  // fn swallowed the stop and goes on: see Note [Early stop]
   }
   TensorMeta found = TensorMeta::of(tensor);
+  const uint64_t newest_node = at::sequence_number::peek();
   bool stop = false;
+  bool may_finish = false;
   bool too_many = false;
   {
     std::lock_guard<std::mutex> lock(segment.mutex_);
     const uint32_t index = cursor_++;
+    if (newest_node != operator_) {
+      operator_ = newest_node;
+      operator_begin_ = index;
+    }
     if (index >= slots_at_start_) {
       // A replay during the forward (backward inside fn) cannot know how many
       // more tensors fn is going to save.
@@ -116,6 +154,8 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         wanted_[index] = false;
       }
       stop = segment.options_.early_stop && static_cast<int64_t>(index) == last_wanted_;
+      may_finish =
+          stop && runner == std::this_thread::get_id() && is_nearly_done(segment, index, tensor);
     }
   }
   if (too_many) {
@@ -133,7 +173,9 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   }
   if (stop) {
     stopped_.store(true, std::memory_order_relaxed);
-    host().throw_early_stop();
+    if (!may_finish || !host().stop_after_operator()) {
+      host().throw_early_stop();
+    }
   }
   return values;
 }
@@ -162,7 +204,7 @@ at::Tensor Replay::hand_over(uint32_t index) {
     return values_[index];
   }
   at::Tensor values = std::exchange(values_[index], at::Tensor());
-  if (compat::is_plain(values)) {
+  if (!compat::running_node_unpacks_once() && compat::is_plain(values)) {
     handed_over_.push_back(
         {index,
          c10::weak_intrusive_ptr<c10::StorageImpl>(values.storage().getWeakStorageImpl()),

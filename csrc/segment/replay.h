@@ -26,6 +26,11 @@
 // asked to stop: from then on tensors that autograd saves are passed over,
 // nothing is compared, and an error that fn ends with is dropped.
 //
+// Throwing through an operator costs 15 to 25 us, more than the rest of many
+// operators: if the tensor is what the operator computed, or all that it saves
+// is small, it may finish, and the exception is raised where it returns to
+// (Host::stop_after_operator).
+//
 // Note [Recomputed tensors have no history]
 //
 // The tensor offered by the replay's graph may be the output of the very node
@@ -114,9 +119,13 @@ class Replay final : public c10::intrusive_ptr_target {
   std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
   std::vector<at::Tensor> values_;          // by slot; undefined: not filled or handed over
 
+  // Is the operator that saves slot `index` as good as done? `tensor`: what it
+  // saves there.
+  bool is_nearly_done(const Segment& segment, uint32_t index, const at::Tensor& tensor) const;
+
   // What was handed over: enough to make the same tensor again from memory that
   // backward still holds. Weak, so that it is freed as if this were not here.
-  // Plain dense tensors only.
+  // Plain dense tensors only, and only for nodes that may ask again.
   struct HandedOver {
     uint32_t index;
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
@@ -132,6 +141,10 @@ class Replay final : public c10::intrusive_ptr_target {
   std::vector<bool> wanted_;  // by slot
   int64_t last_wanted_ = -1;  // early stop after this one
   uint32_t cursor_ = 0;       // tensors offered so far
+  // The autograd node that the last tensors were offered for, by the number of
+  // nodes made on this thread, and the first of these tensors.
+  uint64_t operator_ = 0;
+  uint32_t operator_begin_ = 0;
   size_t slots_at_start_ = 0;
   bool forward_was_done_ = false;
   std::vector<Mismatch> mismatches_;

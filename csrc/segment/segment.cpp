@@ -1,5 +1,6 @@
 #include "segment/segment.h"
 
+#include <ATen/SequenceNumber.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/variable.h>
@@ -91,9 +92,9 @@ void Segment::end_forward() {
       input.changed_inside = true;
     }
   }
-  RngSnapshot needed = stash_;
-  needed.keep_what_a_replay_needs(devices_);
+  RngSnapshot needed;
   if (options_.preserve_rng_state) {
+    needed = stash_.needed_by_a_replay(devices_);
     const auto unknown = needed.add_newcomers(stash_);
     if (!unknown.empty()) {
       host().throw_checkpoint_error(
@@ -145,7 +146,7 @@ uint64_t element_bytes(const at::Tensor& tensor, const TensorMeta& meta) {
 
 uint32_t Segment::record(const at::Tensor& tensor) {
   // Both may take the interpreter lock, so they come before mutex_.
-  const SourceLocation where = host().current_location();
+  const SourceLocation where = where_is(at::sequence_number::peek());
   const TensorMeta meta = TensorMeta::of(tensor);
   const bool is_parameter = tensor.requires_grad() && tensor.is_leaf();
   const bool is_input = tensor.has_storage() &&
@@ -170,6 +171,19 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   ++live_;
   bytes_not_saved_ += bytes;
   return static_cast<uint32_t>(slots_.size() - 1);
+}
+
+SourceLocation Segment::where_is(uint64_t node) {
+  const auto thread = std::this_thread::get_id();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!slots_.empty() && last_node_ == node && last_thread_ == thread) {
+      return slots_.back().where;
+    }
+    last_node_ = node;
+    last_thread_ = thread;
+  }
+  return host().current_location();
 }
 
 void Segment::note_device(c10::Device device) {
@@ -202,6 +216,40 @@ size_t Segment::stashed_bytes(std::unordered_set<const void*>& seen) const {
 // Unpacking and replays
 // ---------------------------------------------------------------------------
 
+// What a graph task does when it drops its callbacks, be it after success or after
+// an error: the segments that it replayed forget what is left. One for all segments
+// that a thread replays for one task.
+class Segment::EndOfGraphTask {
+ public:
+  explicit EndOfGraphTask(const compat::ReplayKey& key) : key_(key) {}
+  ~EndOfGraphTask() {
+    for (const auto& weak : segments_) {
+      if (const auto segment = weak.lock()) {
+        segment->take_replays(key_);
+      }
+    }
+  }
+  EndOfGraphTask(const EndOfGraphTask&) = delete;
+  EndOfGraphTask& operator=(const EndOfGraphTask&) = delete;
+
+  static void add(Segment& segment, const compat::ReplayKey& key) {
+    // The task may run its end on another thread, but not while a thread of it is
+    // here: the list needs no lock.
+    thread_local std::weak_ptr<EndOfGraphTask> newest;
+    auto end = newest.lock();
+    if (!end || !(end->key_ == key)) {
+      end = std::make_shared<EndOfGraphTask>(key);
+      newest = end;
+      compat::at_end_of_graph_task([end] {});
+    }
+    end->segments_.emplace_back(c10::intrusive_ptr<Segment>::reclaim_copy(&segment));
+  }
+
+ private:
+  compat::ReplayKey key_;
+  std::vector<c10::weak_intrusive_ptr<Segment>> segments_;
+};
+
 Replay* Segment::find_replay(const compat::ReplayKey& key) const {
   for (const auto& replay : replays_) {
     if (replay->key() == key) {
@@ -215,7 +263,7 @@ at::Tensor Segment::unpack(uint32_t index) {
   const compat::ReplayKey key = compat::current_replay_key();
   // Declared before the lock, so that they are destroyed after it is let go, and
   // looked up before it is taken: both may need the interpreter lock.
-  auto group = compat::current_group();
+  auto group = key.is_group() ? compat::current_group() : std::nullopt;
   const bool keep = key.is_group() && host().reports_its_end(key.group);
   c10::intrusive_ptr<Replay> replay;
   bool registered = key.is_group();
@@ -255,7 +303,7 @@ at::Tensor Segment::unpack(uint32_t index) {
       replay->keep_from_now_on();
     } else if (!registered) {
       lock.unlock();
-      forget_at_end_of_graph_task(key);
+      EndOfGraphTask::add(*this, key);
       registered = true;
       lock.lock();
       continue;  // another thread may have been quicker
@@ -297,18 +345,6 @@ at::Tensor Segment::replay_one(std::unique_lock<std::mutex>& lock, uint32_t inde
   replay->start(*this, index);
   run_replay(lock, replay);
   return replay->take(index);
-}
-
-void Segment::forget_at_end_of_graph_task(const compat::ReplayKey& key) {
-  c10::weak_intrusive_ptr<Segment> weak(c10::intrusive_ptr<Segment>::reclaim_copy(this));
-  // The deleter runs when the task drops its callbacks, be it after success or
-  // after an error; the callback itself does nothing.
-  auto end = std::shared_ptr<void>(nullptr, [weak = std::move(weak), key](void*) {
-    if (auto segment = weak.lock()) {
-      segment->take_replays(key);
-    }
-  });
-  compat::at_end_of_graph_task([end = std::move(end)] {});
 }
 
 void end_group(PyObject* group) {

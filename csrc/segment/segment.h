@@ -143,11 +143,13 @@ class Segment final : public c10::intrusive_ptr_target {
   // check that autograd makes where it keeps the tensor.
   void check_version(std::unique_lock<std::mutex>& lock, uint32_t index);
   void note_device(c10::Device device);
+  // The line that made the autograd node with this number, the newest of this thread.
+  SourceLocation where_is(uint64_t node);
   Replay* find_replay(const compat::ReplayKey& key) const;
   // What was recomputed for `key`, taken out so that the caller can drop it
   // unlocked: the graph task or group is over.
   std::vector<c10::intrusive_ptr<Replay>> take_replays(const compat::ReplayKey& key);
-  void forget_at_end_of_graph_task(const compat::ReplayKey& key);
+  class EndOfGraphTask;
   friend void end_group(PyObject* group);
 
   // Set in begin(), read-only after.
@@ -189,6 +191,10 @@ class Segment final : public c10::intrusive_ptr_target {
   bool forward_done_ = false;
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
+  // The newest autograd node when the last slot was recorded, by its number on its
+  // thread: the slots of one operator have one source line.
+  uint64_t last_node_ = 0;
+  std::thread::id last_thread_;
   std::vector<c10::intrusive_ptr<Replay>> replays_;  // nearly always none or one
 
   // The ledger's list of live segments; guarded by the ledger's mutex.

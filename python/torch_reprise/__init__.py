@@ -4,8 +4,6 @@ The names of ``torch.utils.checkpoint``, with the same meaning: change the impor
 and nothing else. ``torch_reprise.ledger`` tells what segments do.
 """
 
-import os as _os
-
 import torch as _torch
 
 from . import _handshake
@@ -39,10 +37,8 @@ from .sequential import checkpoint_sequential  # noqa: E402
 
 _C.set_checkpoint_error(CheckpointError)
 _C.set_group_type(GraphExecGroup)
-# Lines of these folders are not what a user looks for in an error message.
-_C.set_internal_paths(
-    [_compat.torch_directory(), _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "")]
-)
+# Lines of these files are not what a user looks for in an error message.
+_C.set_internal_paths([_compat.torch_directory(), *_compat.own_files()])
 
 __version__ = _INFO.version
 

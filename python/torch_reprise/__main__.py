@@ -1,4 +1,4 @@
-"""``python -m torch_reprise info | demo | bench NAME``."""
+"""``python -m torch_reprise info | demo | bench NAME | bench all``."""
 
 from __future__ import annotations
 
@@ -75,6 +75,15 @@ def _run(module: str, argv: Sequence[str]) -> int:
         return 2
 
 
+def _run_all(names: Sequence[str], argv: Sequence[str]) -> int:
+    """Runs the benchmarks one after another; the exit status is the largest of theirs."""
+    status = 0
+    for name in names:
+        print(f"== {name}", flush=True)
+        status = max(status, _run(f"torch_reprise._bench.{name}", argv))
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m torch_reprise", allow_abbrev=False)
@@ -87,16 +96,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_help=False,
         allow_abbrev=False,
     )
-    bench = commands.add_parser("bench", help="run a benchmark", add_help=False, allow_abbrev=False)
+    bench = commands.add_parser(
+        "bench", help="run a benchmark, or all of them", add_help=False, allow_abbrev=False
+    )
     bench.add_argument("name")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         return _run("torch_reprise._demo.run", rest)
     if arguments.command == "bench":
         known = _benchmarks()
+        if arguments.name == "all":
+            if rest not in ([], ["--quick"]):
+                parser.error("bench all takes no option but --quick; the others go behind a name")
+            return _run_all(known, rest)
         if arguments.name not in known:
             parser.error(
-                f"no benchmark {arguments.name!r}; there are: {', '.join(known) or 'none'}"
+                f"no benchmark {arguments.name!r}; there are: {', '.join(known) or 'none'}, all"
             )
         return _run(f"torch_reprise._bench.{arguments.name}", rest)
     if rest:

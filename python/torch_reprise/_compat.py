@@ -24,6 +24,12 @@ def torch_directory() -> str:
     return os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
 
 
+def own_files() -> list[str]:
+    """The files of this package, without the demo and the benchmarks: those are programs."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    return [os.path.join(here, name) for name in os.listdir(here) if name.endswith(".py")]
+
+
 def user_hooks() -> Hooks | None:
     """The innermost saved-tensor hooks that are the user's, not checkpointing's.
 

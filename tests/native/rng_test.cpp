@@ -195,7 +195,7 @@ TEST(a_scope_rewinds_and_puts_back) {
   auto stash = reprise::RngSnapshot::capture_defaults();
   stash.stamp();
   const auto drawn = at::rand({5});
-  stash.keep_what_a_replay_needs(kNoDevices);
+  stash = stash.needed_by_a_replay(kNoDevices);
   EXPECT(stash.names() == std::vector<std::string>{"cpu"});
   const auto after = at::globalContext().defaultGenerator(at::kCPU).get_state();
   {
@@ -211,7 +211,7 @@ TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
   at::manual_seed(1);
   auto stash = reprise::RngSnapshot::capture_defaults();
   stash.stamp();
-  stash.keep_what_a_replay_needs(kNoDevices);
+  stash = stash.needed_by_a_replay(kNoDevices);
   EXPECT(stash.empty());
   const auto before = at::globalContext().defaultGenerator(at::kCPU).get_state();
   {
@@ -231,7 +231,7 @@ TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
   const auto tensor = generator.get_state();
   at::rand({3});
   generator.set_state(tensor);
-  stash.keep_what_a_replay_needs(kNoDevices);
+  stash = stash.needed_by_a_replay(kNoDevices);
   EXPECT_EQ(stash.size(), 1u);
   EXPECT(stash.names_of_moved().empty());
 }

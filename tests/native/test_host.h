@@ -44,10 +44,14 @@ class TestHost final : public reprise::Host {
     return "test.cpp:" + std::to_string(where.instruction);
   }
 
+  void take_back(reprise::HookPair) noexcept override {}
+  int acquire_interpreter() noexcept override { return 0; }
+  void release_acquired(int) noexcept override {}
   void* release_interpreter() noexcept override { return nullptr; }
   void reacquire_interpreter(void*) noexcept override {}
   bool reports_its_end(PyObject*) noexcept override { return true; }
   bool is_alone() noexcept override { return true; }
+  bool stop_after_operator() noexcept override { return false; }
   [[noreturn]] void throw_early_stop() override { throw EarlyStop(); }
   [[noreturn]] void throw_checkpoint_error(const std::string& message) override {
     throw CheckpointError(message);

@@ -93,23 +93,31 @@ def interleave(
     variants: Mapping[str, Thunk],
     *,
     rounds: int,
-    inner: int,
+    inner: int | Mapping[str, int],
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Times every variant once a round and returns seconds per call, one entry a round each.
 
-    The order rotates by one from round to round, so that no variant always follows the same
-    neighbour. Garbage is collected between rounds and never inside a timed stretch.
+    The order rotates by one from round to round, so that no variant is always the first. Before
+    a long stretch a few calls fill the caches again that the neighbour has emptied. Garbage is
+    collected between rounds and never inside a timed stretch.
+
+    Args:
+        inner: calls in a row in a stretch, the same for all variants or for each its own.
+        after_round: called where nothing is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
+    repeats = dict.fromkeys(names, inner) if isinstance(inner, int) else inner
     for thunk in variants.values():  # once unmeasured: first calls allocate and fill caches
         thunk()
     for round_ in range(rounds):
         shift = round_ % len(names)
         with collector_off():
             for name in names[shift:] + names[:shift]:
-                times[name].append(seconds(variants[name], inner))
+                for _ in range(min(3, repeats[name] // 10)):
+                    variants[name]()
+                times[name].append(seconds(variants[name], repeats[name]))
         after_round()
     return times
 
@@ -223,6 +231,14 @@ def machine_facts() -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------
 # Output
 # --------------------------------------------------------------------------------------------------
+
+
+def short(value: object) -> str:
+    """A figure with about three digits; ``-`` for what is no figure."""
+    if not isinstance(value, float):
+        return "-"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
 
 
 @dataclass
