@@ -49,7 +49,7 @@ bool is_captured(c10::Device device);
 
 // The same, but false also where torch refuses to tell an offset anyway: on the
 // current device, as far as CUDA goes. This is what every look at a generator pays:
-// a few nanoseconds where the current stream is the default one, which torch never
+// some 20 ns where the current stream is the default one, which torch never
 // captures, and no call into CUDA for other streams of the current device.
 inline bool is_captured_unnoticed(c10::Device device) {
   const auto* guard =
