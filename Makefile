@@ -31,6 +31,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/torch-$(TORCH)
+BUILD_STAMP := $(STAMPS)/build-native-$(NATIVE_TESTS)
 
 # What makes an editable install stale. Folders are in the list because adding or removing a file
 # changes nothing else; Python files are not, because they are read where they lie.
@@ -46,7 +47,7 @@ FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
 .PHONY: build demo test test-native test-python test-cudasim run-cudasim lint format bench clean \
   distclean
 
-build: $(STAMPS)/build
+build: $(BUILD_STAMP)
 
 $(STAMPS)/tools: requirements/dev.txt
 	@echo "== environment in $(VENV)"
@@ -60,7 +61,7 @@ $(TORCH_STAMP): $(STAMPS)/tools
 	@rm -f $(STAMPS)/torch-* && touch $@
 
 # --no-deps: torch is there, and nothing may change its version.
-$(STAMPS)/build: $(TORCH_STAMP) $(BUILD_INPUTS)
+$(BUILD_STAMP): $(TORCH_STAMP) $(BUILD_INPUTS)
 	@echo "== building the extension (minutes the first time, then only what changed)"
 	@$(PIP) install --no-build-isolation --no-deps --editable . \
 	  --config-settings=build-dir=$(BUILD) \
@@ -68,7 +69,7 @@ $(STAMPS)/build: $(TORCH_STAMP) $(BUILD_INPUTS)
 	  --config-settings=install.strip=false \
 	  --config-settings=cmake.define.REPRISE_NATIVE_TESTS=$(NATIVE_TESTS) \
 	  --config-settings=cmake.define.REPRISE_TEST_DEVICE=ON
-	@touch $@
+	@rm -f $(STAMPS)/build-* && touch $@
 
 demo: build
 	$(BIN)/python -m torch_reprise demo
@@ -116,8 +117,8 @@ format: $(STAMPS)/tools
 	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(STAMPS)/build
-	rm -f $(addprefix $(VENV_CUDA)/stamps/,build cudasim)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(STAMPS)/build-* $(VENV_CUDA)/stamps/build-* $(VENV_CUDA)/stamps/cudasim
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean

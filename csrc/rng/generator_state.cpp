@@ -190,23 +190,31 @@ PhiloxPosition position_in_capture(const c10::GeneratorImpl& impl) {
   }
 }
 
-PhiloxPosition position_of(const c10::GeneratorImpl& impl) {
+// Out of line, so that what happens always is short.
+[[gnu::noinline, gnu::cold]] PhiloxPosition position_while_refused(const c10::GeneratorImpl& impl) {
+  const auto type = impl.device().type();
   if (!is_captured(impl.device())) {
-    try {
+    // A stream of the current device is captured, which may be another device than
+    // the generator's; or this is an error of another kind.
+    if (!current_device_is_captured(type)) {
       return {impl.get_offset(), kNoCapture};
-    } catch (const c10::Error&) {
-      // Refused, if a stream of the current device is captured. That may be another
-      // device than the generator's.
-      if (!current_device_is_captured(impl.device().type())) {
-        throw;
-      }
     }
     const OnDevice there(impl.device());
-    if (!current_device_is_captured(impl.device().type())) {
+    if (!current_device_is_captured(type)) {
       return {impl.get_offset(), kNoCapture};
     }
   }
   return position_in_capture(impl);
+}
+
+PhiloxPosition position_of(const c10::GeneratorImpl& impl) {
+  if (!is_captured_unnoticed(impl.device())) {
+    try {
+      return {impl.get_offset(), kNoCapture};
+    } catch (const c10::Error&) {  // refused, or an error that comes again below
+    }
+  }
+  return position_while_refused(impl);
 }
 
 // ", offset 12", as the end of a description.
@@ -243,7 +251,7 @@ bool set_position(c10::GeneratorImpl& impl, uint64_t seed, const PhiloxPosition&
   try {
     set();
     return true;
-  } catch (const c10::Error&) {  // as in position_of()
+  } catch (const c10::Error&) {  // as in position_while_refused()
     if (!current_device_is_captured(impl.device().type())) {
       throw;
     }
@@ -463,7 +471,7 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
     return std::nullopt;
   }
   if (kind_ == Kind::kPhilox) {
-    return seed_ == mark.seed_ && capture_ == mark.capture_ && mark.position_ >= offset_
+    return seed_ == mark.seed_ && capture_ == mark.block_ && mark.position_ >= offset_
                ? std::optional<uint64_t>(mark.position_ - offset_)
                : std::nullopt;
   }
@@ -509,7 +517,7 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       const auto position = position_of(*impl);
       mark.seed_ = impl->current_seed();
       mark.position_ = position.offset;
-      mark.capture_ = position.capture;
+      mark.block_ = position.capture;
       break;
     }
     case GeneratorState::Kind::kOpaque: {
@@ -523,12 +531,12 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
 
 bool GeneratorMark::operator==(const GeneratorMark& other) const {
   return kind_ == other.kind_ && seed_ == other.seed_ && position_ == other.position_ &&
-         block_ == other.block_ && cached_ == other.cached_ && capture_ == other.capture_;
+         block_ == other.block_ && cached_ == other.cached_;
 }
 
 bool GeneratorMark::is_beyond(const GeneratorMark& other) const {
   return kind_ == other.kind_ && kind_ != GeneratorState::Kind::kOpaque && seed_ == other.seed_ &&
-         capture_ == other.capture_ && block_ == other.block_ && position_ > other.position_;
+         block_ == other.block_ && position_ > other.position_;
 }
 
 std::string GeneratorMark::describe() const {
@@ -537,7 +545,7 @@ std::string GeneratorMark::describe() const {
       return c10::str("seed ", seed_, ", word ", position_, " of 624 in block ", block_ >> 40,
                       cached_ != 0 ? ", a normal sample left over" : "");
     case GeneratorState::Kind::kPhilox:
-      return c10::str("seed ", seed_, describe_offset(position_, capture_));
+      return c10::str("seed ", seed_, describe_offset(position_, block_));
     case GeneratorState::Kind::kOpaque:
       return c10::str("state ", block_ >> 32);
   }

@@ -94,7 +94,7 @@ class GeneratorState {
 };
 
 // Where a generator stands, to be compared and told but not restored: what a
-// replay is checked against. 56 bytes for every kind.
+// replay is checked against. 48 bytes for every kind.
 class GeneratorMark {
  public:
   static GeneratorMark of(const at::Generator& generator);
@@ -112,11 +112,12 @@ class GeneratorMark {
 
   GeneratorState::Kind kind_ = GeneratorState::Kind::kPhilox;
   uint64_t seed_ = 0;
-  uint64_t position_ = 0;           // philox: offset; mt19937: word of the block
-  uint64_t block_ = 0;              // mt19937: hash of the 624 words; opaque: of all bytes
-  uint64_t cached_ = 0;             // mt19937: hash of the cached normal samples
-  CaptureId capture_ = kNoCapture;  // philox: what position_ belongs to
-  bool only_drawn_to_ = false;      // how it came here, not where it is: not compared
+  uint64_t position_ = 0;  // philox: offset; mt19937: word of the block
+  // mt19937: hash of the 624 words; opaque: of all bytes; philox: the stream capture
+  // that position_ belongs to.
+  uint64_t block_ = 0;
+  uint64_t cached_ = 0;         // mt19937: hash of the cached normal samples
+  bool only_drawn_to_ = false;  // how it came here, not where it is: not compared
 };
 
 }  // namespace reprise

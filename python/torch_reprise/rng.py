@@ -63,7 +63,12 @@ class RngSnapshot:
         self._snapshot = snapshot
 
     def restore(self) -> None:
-        """Puts every generator back; those that did not move are not touched."""
+        """Puts every generator back; those that did not move are not touched.
+
+        Raises:
+            RuntimeError: a state belongs to another stream capture (of a CUDA graph)
+                than the one that its device is in now. The others are put back.
+        """
         self._snapshot.restore()
 
     @property
