@@ -376,6 +376,14 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
   return stands_at(cpu, compat::mt19937_data(cpu), *engine_);
 }
 
+bool GeneratorState::is_state_of(const at::Generator& generator, const GeneratorMark& mark) const {
+  if (kind_ != Kind::kPhilox) {
+    return is_state_of(generator);
+  }
+  return mark.kind_ == kind_ && mark.seed_ == seed_ && mark.position_ == offset_ &&
+         mark.block_ == capture_;
+}
+
 bool GeneratorState::operator==(const GeneratorState& other) const {
   if (kind_ != other.kind_) {
     return false;

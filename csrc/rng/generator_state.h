@@ -67,6 +67,9 @@ class GeneratorState {
   // Does `generator` stand where this state was captured? Cheaper than a
   // capture: nothing is allocated for mt19937 and philox.
   bool is_state_of(const at::Generator& generator) const;
+  // The same, for a generator that stands at `mark`: no look at it is needed where
+  // the mark is the whole state, which is so for philox.
+  bool is_state_of(const at::Generator& generator, const GeneratorMark& mark) const;
 
   bool operator==(const GeneratorState& other) const;
 

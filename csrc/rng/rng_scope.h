@@ -29,7 +29,7 @@ class RngScope {
     }
     outer_ = RngSnapshot::capture(generators);
     try {
-      left_alone_ = stash.apply();
+      left_alone_ = stash.apply(outer_);
     } catch (...) {
       put_back();
       throw;
@@ -51,13 +51,14 @@ class RngScope {
     if (!enabled_) {
       return {};
     }
-    std::string text = stash_.divergence(stopped_early, left_alone_);
+    const auto marks = stash_.marks();  // of the generators of outer_ too
+    std::string text = stash_.divergence(stopped_early, left_alone_, marks);
     const auto add = [&text](const at::Generator& generator) {
       text += (text.empty() ? "generator " : "\n  generator ") + generator_name(generator) +
               "\n    the forward did not draw from it, the replay did";
     };
     for (const size_t i : left_alone_) {
-      if (!outer_.state(i).is_state_of(outer_.generator(i)) && host().is_alone()) {
+      if (!outer_.state(i).is_state_of(outer_.generator(i), marks[i]) && host().is_alone()) {
         add(outer_.generator(i));
       }
     }
@@ -66,7 +67,7 @@ class RngScope {
         add(generator);
       }
     }
-    outer_.restore_moved();
+    outer_.restore_moved(&marks);
     enabled_ = false;
     lease_.reset();
     return text;

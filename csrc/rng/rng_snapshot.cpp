@@ -132,10 +132,12 @@ RngSnapshot RngSnapshot::needed_by_a_replay(
     if (e.state.is_untouched_since(e.generator)) {
       continue;
     }
-    const bool moved = !e.state.is_state_of(e.generator);
+    // One look at a CUDA generator asks the driver twice: not more of them than needed.
+    const auto end = GeneratorMark::of(e.generator);
+    const bool moved = !e.state.is_state_of(e.generator, end);
     if (moved || e.state.kind() == GeneratorState::Kind::kMt19937 ||
         std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
-      needed.entries_.push_back({e.generator, e.state, GeneratorMark::of(e.generator), moved});
+      needed.entries_.push_back({e.generator, e.state, end, moved});
     }
   }
   return needed;
@@ -188,14 +190,23 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   return unknown;
 }
 
-std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alone) const {
+RngSnapshot::Marks RngSnapshot::marks() const {
+  Marks marks;
+  for (const auto& entry : entries_) {
+    marks.push_back(GeneratorMark::of(entry.generator));
+  }
+  return marks;
+}
+
+std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alone,
+                                    const Marks& marks) const {
   for (size_t i = 0; i < entries_.size(); ++i) {
     const Entry& entry = entries_[i];
     if (!entry.end.has_value() ||  // the forward is not over: nothing to compare with
         std::find(left_alone.begin(), left_alone.end(), i) != left_alone.end()) {
       continue;
     }
-    const auto now = GeneratorMark::of(entry.generator);
+    const GeneratorMark& now = marks[i];
     // A forward that sets its generator may be anywhere when it is stopped.
     if (stopped_early ? !entry.end->only_drawn_to() || !now.is_beyond(*entry.end)
                       : now == *entry.end) {
@@ -225,12 +236,14 @@ bool RngSnapshot::any_moved() const {
                      [](const Entry& e) { return !e.state.is_state_of(e.generator); });
 }
 
-c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved() {
+c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved(const Marks* marks) {
   c10::SmallVector<at::Generator, 2> moved;
   std::exception_ptr error;
-  for (auto& entry : entries_) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
     try {
-      if (!entry.state.is_state_of(entry.generator)) {
+      if (marks != nullptr ? !entry.state.is_state_of(entry.generator, (*marks)[i])
+                           : !entry.state.is_state_of(entry.generator)) {
         if (!entry.state.apply(entry.generator)) {
           throw OutOfReach(out_of_reach(entry));
         }
@@ -246,11 +259,11 @@ c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved() {
   return moved;
 }
 
-RngSnapshot::Indices RngSnapshot::apply() {
+RngSnapshot::Indices RngSnapshot::apply(const RngSnapshot& now) {
   Indices left_alone;
   for (size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
-    if (entry.state.is_state_of(entry.generator) || entry.state.apply(entry.generator)) {
+    if (entry.state == now.entries_[i].state || entry.state.apply(entry.generator)) {
       continue;
     }
     if (entry.moved || !entry.end.has_value()) {

@@ -51,6 +51,7 @@ class RngSnapshot {
  public:
   using Generators = c10::ArrayRef<at::Generator>;
   using Indices = c10::SmallVector<size_t, 1>;
+  using Marks = c10::SmallVector<GeneratorMark, 1>;
 
   // The default generators, and `others` (explicit torch.Generator objects).
   // Each once, however often it is named.
@@ -75,19 +76,23 @@ class RngSnapshot {
   std::vector<std::string> add_newcomers(const RngSnapshot& before);
   // The first generator that does not stand where the forward left it, in words;
   // empty if there is none. `stopped_early`: it may stand before that, not beyond.
-  // `left_alone`: what apply() returned.
-  std::string divergence(bool stopped_early, const Indices& left_alone) const;
+  // `left_alone`: what apply() returned. `marks`: where the generators stand now.
+  std::string divergence(bool stopped_early, const Indices& left_alone, const Marks& marks) const;
 
   // --- restoring ---
   bool any_moved() const;
+  // Where the generators stand now.
+  Marks marks() const;
   // Puts back the generators that do not stand where they were captured, and
   // returns them. An error of one does not keep the others from being put
   // back; it is thrown at the end, OutOfReach if it is a stream capture.
-  c10::SmallVector<at::Generator, 2> restore_moved();
-  // Puts every generator where it was captured. Left alone, and returned, are those
+  // `marks`: where they stand now, if that is known.
+  c10::SmallVector<at::Generator, 2> restore_moved(const Marks* marks = nullptr);
+  // Puts every generator where it was captured; `now`: the same generators in the
+  // same order, where they stand now. Left alone, and returned, are those
   // that the forward did not move and that are in another stream capture now; for
   // one that it moved, OutOfReach is thrown.
-  Indices apply();
+  Indices apply(const RngSnapshot& now);
 
   bool contains(const at::Generator& generator) const;
   bool empty() const { return entries_.empty(); }

@@ -211,7 +211,7 @@ def measure(
 
     Returns:
         ``wrong``: the names of what does not compute what the plain step does; if there are none,
-        ``rows``: for each case, operation and statistic what ``rng.COLUMNS`` name from ``draws`` on.
+        ``rows``: for each case, operation and statistic the ``rng.COLUMNS`` from ``draws`` on.
     """
     torch.set_num_threads(1)
     if count:
