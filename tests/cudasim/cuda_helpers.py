@@ -6,19 +6,11 @@ devices than there are get skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import cudasim
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
-
-from torch_reprise import checkpoint
-
-FORMS = pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
-Run = Callable[..., Any]
 
 simulated_only = pytest.mark.skipif(
     not cudasim.active(), reason="needs the switch or the counters of the simulation"
@@ -30,17 +22,6 @@ def needs_devices(count: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         0 < torch.cuda.device_count() < count, reason=f"needs {count} CUDA devices"
     )
-
-
-def plain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-def checkpointed(use_reentrant: bool) -> Run:
-    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
-
-    return run
 
 
 def generator(device: int) -> torch.Generator:

@@ -16,19 +16,8 @@ from typing import Any
 import cudasim
 import pytest
 import torch
-from cuda_helpers import (
-    FORMS,
-    Run,
-    checkpointed,
-    draws,
-    generator,
-    leaf,
-    needs_devices,
-    offsets,
-    plain,
-    simulated_only,
-)
-from helpers import message_of
+from cuda_helpers import draws, generator, leaf, needs_devices, offsets, simulated_only
+from helpers import Run, both_forms, checkpointed, message_of, plain
 from torch import Tensor
 from torch.nn.functional import dropout
 
@@ -77,7 +66,7 @@ PROGRAMS: dict[str, Callable[[Run, Tensor], Tensor]] = {
 }
 
 
-@FORMS
+@both_forms
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_forward_and_backward_in_one_graph(name: str, use_reentrant: bool) -> None:
     def play(run: Run) -> list[Any]:
@@ -101,11 +90,11 @@ def test_forward_and_backward_in_one_graph(name: str, use_reentrant: bool) -> No
 
     expected = play(plain)
     before = ledger.replays()
-    assert play(checkpointed(use_reentrant)) == expected
+    assert play(checkpointed(use_reentrant=use_reentrant)) == expected
     assert ledger.replays() > before
 
 
-@FORMS
+@both_forms
 @pytest.mark.parametrize("fork", [False, True], ids=["drawn", "drawn and put back"])
 def test_a_replay_draws_at_the_offsets_of_the_forward(fork: bool, use_reentrant: bool) -> None:
     seen: list[int] = []
@@ -143,7 +132,7 @@ def test_segments_in_sequence_in_one_graph() -> None:
     )
 
 
-@FORMS
+@both_forms
 def test_two_graphs_one_after_the_other(use_reentrant: bool) -> None:
     """Each with its own count; the second begins at nothing again."""
     seen: list[int] = []
@@ -161,7 +150,7 @@ def test_two_graphs_one_after_the_other(use_reentrant: bool) -> None:
     assert seen == [0, 0, 0, 0]
 
 
-@FORMS
+@both_forms
 def test_an_explicit_generator(use_reentrant: bool) -> None:
     explicit = torch.Generator("cuda:0").manual_seed(3)
     seen: list[int] = []
@@ -183,7 +172,7 @@ def test_an_explicit_generator(use_reentrant: bool) -> None:
     assert (explicit.get_offset(), generator(0).get_offset()) == (12, 0)
 
 
-@FORMS
+@both_forms
 def test_a_replay_that_draws_more_is_an_error(use_reentrant: bool) -> None:
     counts = [1, 2]
 
@@ -202,7 +191,7 @@ def test_a_replay_that_draws_more_is_an_error(use_reentrant: bool) -> None:
 
 
 @needs_devices(2)
-@FORMS
+@both_forms
 def test_while_another_device_is_the_current_one(use_reentrant: bool) -> None:
     """torch asks the current device's stream; a draw asks the stream of its own device."""
     seen: list[int] = []
@@ -227,7 +216,7 @@ def test_while_another_device_is_the_current_one(use_reentrant: bool) -> None:
 
 
 @needs_devices(2)
-@FORMS
+@both_forms
 def test_a_device_that_is_not_captured_draws_and_is_rewound_as_always(use_reentrant: bool) -> None:
     seen: list[tuple[int, int]] = []
 
@@ -298,7 +287,7 @@ APART = pytest.mark.parametrize(
 )
 
 
-@FORMS
+@both_forms
 @APART
 def test_numbers_that_cannot_be_drawn_again_are_an_error(where: str, use_reentrant: bool) -> None:
     backward = forward_and_backward(where, draws, use_reentrant)
@@ -322,7 +311,7 @@ def test_numbers_that_cannot_be_drawn_again_are_an_error(where: str, use_reentra
     assert offsets() == standing
 
 
-@FORMS
+@both_forms
 @APART
 def test_a_segment_that_draws_nothing_needs_no_capture(where: str, use_reentrant: bool) -> None:
     before = ledger.replays()
@@ -330,7 +319,7 @@ def test_a_segment_that_draws_nothing_needs_no_capture(where: str, use_reentrant
     assert ledger.replays() == before + 1
 
 
-@FORMS
+@both_forms
 @APART
 def test_a_replay_that_draws_where_the_forward_did_not(where: str, use_reentrant: bool) -> None:
     drawn = [0, 1]
@@ -382,7 +371,7 @@ def test_snapshots_know_the_capture_that_they_belong_to() -> None:
 # Around graphs.
 
 
-@FORMS
+@both_forms
 def test_a_graph_that_is_launched_inside_a_segment(use_reentrant: bool) -> None:
     """Its draws move the generator by what the graph draws, in the forward and in the replay."""
     kept = torch.ones(8, device="cuda:0")
@@ -432,7 +421,7 @@ class Block(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # of the backward that is refused
 def test_graphed_callables() -> None:
     """They capture the forward in one graph and the backward in another."""
-    run = checkpointed(False)
+    run = checkpointed()
     graphed = torch.cuda.make_graphed_callables(Block(draws_nothing, run), (leaf("cuda:0"),))
     x = leaf("cuda:0")
     torch.autograd.grad(graphed(x).sum(), x)
@@ -444,7 +433,7 @@ def test_graphed_callables() -> None:
 
 
 @simulated_only
-@FORMS
+@both_forms
 def test_no_synchronization_and_no_allocation(use_reentrant: bool) -> None:
     def costs(run: Run, function: Callable[[Tensor], Tensor]) -> tuple[int, int]:
         x = leaf("cuda:0")
@@ -458,7 +447,7 @@ def test_no_synchronization_and_no_allocation(use_reentrant: bool) -> None:
         torch.rand(4, device="cuda:0")
         return draws_nothing(x)
 
-    run = checkpointed(use_reentrant)
+    run = checkpointed(use_reentrant=use_reentrant)
     assert costs(run, draws) == costs(plain, draws)
     # To look at a generator in a capture is what makes torch's count, as the first draw does.
     assert costs(run, draws_nothing) == costs(plain, one_draw)
@@ -474,7 +463,7 @@ def test_no_context_is_made_on_devices_that_nobody_uses() -> None:
 
 
 @simulated_only
-@FORMS
+@both_forms
 @pytest.mark.parametrize("stream", [torch.cuda.default_stream, torch.cuda.Stream])
 def test_a_capture_that_torch_did_not_begin(
     stream: Callable[[int], torch.cuda.Stream], use_reentrant: bool

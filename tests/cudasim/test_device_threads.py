@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_helpers import FORMS, draws, generator, leaf, needs_devices, offsets
+from cuda_helpers import draws, generator, leaf, needs_devices, offsets
+from helpers import both_forms
 from torch import Tensor
 
 from torch_reprise import GraphExecGroup, checkpoint, ledger
@@ -62,7 +63,7 @@ class Noted:
         return self.function(*args)
 
 
-@FORMS
+@both_forms
 def test_a_replay_runs_in_the_thread_of_its_device(use_reentrant: bool) -> None:
     fn = Noted(draws)
     y = checkpoint(fn, leaf("cuda:5"), use_reentrant=use_reentrant)
@@ -155,7 +156,7 @@ def test_threads_that_race_in_a_group(count: int) -> None:
 
 
 @DEVICE_COUNTS
-@FORMS
+@both_forms
 def test_replays_of_different_devices_do_not_wait_for_each_other(
     count: int, use_reentrant: bool
 ) -> None:

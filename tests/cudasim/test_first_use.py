@@ -8,8 +8,9 @@ function drew meanwhile, and that is where a replay has to begin.
 from __future__ import annotations
 
 import pytest
-from cuda_helpers import FORMS, needs_devices, simulated_only
+from cuda_helpers import needs_devices, simulated_only
 from fresh import play
+from helpers import both_forms
 
 pytestmark = [pytest.mark.cuda, needs_devices(4)]
 
@@ -25,7 +26,7 @@ x = torch.ones(8, requires_grad=True)
 """
 
 
-@FORMS
+@both_forms
 def test_cuda_first_initialised_inside(use_reentrant: bool) -> None:
     program = (
         START
@@ -49,7 +50,7 @@ report([after_forward, offsets(), seen])
     assert seen[0] == [[3, 0]] * len(seen[0]), "at the seed that was given before, from the start"
 
 
-@FORMS
+@both_forms
 def test_cuda_first_initialised_in_a_nested_segment(use_reentrant: bool) -> None:
     program = (
         START
@@ -73,7 +74,7 @@ report([after_forward, offsets(), seen])
     assert all(standing == expected[2][0] for standing in found[2]) and len(found[2]) > 1
 
 
-@FORMS
+@both_forms
 def test_an_error_leaves_cuda_as_the_function_left_it(use_reentrant: bool) -> None:
     """A forward that raises after it was the first to draw; the numbers drawn stay drawn."""
     program = (
@@ -93,7 +94,7 @@ except KeyError:
 
 
 @simulated_only
-@FORMS
+@both_forms
 def test_a_segment_on_the_cpu_initialises_nothing(use_reentrant: bool) -> None:
     program = (
         START
@@ -106,7 +107,7 @@ report([torch.cuda.is_initialized(), used()])
 
 
 @simulated_only
-@FORMS
+@both_forms
 def test_only_devices_in_use_get_a_context(use_reentrant: bool) -> None:
     """Generators are looked at on all eight, without making a context on the others."""
     program = (

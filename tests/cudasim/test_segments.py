@@ -12,18 +12,8 @@ from typing import Any
 import cudasim
 import pytest
 import torch
-from cuda_helpers import (
-    FORMS,
-    Run,
-    checkpointed,
-    draws,
-    generator,
-    leaf,
-    needs_devices,
-    offsets,
-    plain,
-    simulated_only,
-)
+from cuda_helpers import draws, generator, leaf, needs_devices, offsets, simulated_only
+from helpers import Run, both_forms, checkpointed, plain
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -87,7 +77,7 @@ PROGRAMS = {
 }
 
 
-@FORMS
+@both_forms
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_offsets_after_forward_and_backward(name: str, use_reentrant: bool) -> None:
     def play(run: Run) -> list[Any]:
@@ -100,12 +90,12 @@ def test_offsets_after_forward_and_backward(name: str, use_reentrant: bool) -> N
 
     expected = play(plain)
     before = ledger.replays()
-    found = play(checkpointed(use_reentrant))
+    found = play(checkpointed(use_reentrant=use_reentrant))
     assert ledger.replays() > before
     assert found == expected
 
 
-@FORMS
+@both_forms
 @pytest.mark.parametrize("fork", [False, True], ids=["drawn", "drawn and put back"])
 def test_a_replay_draws_at_the_offsets_of_the_forward(fork: bool, use_reentrant: bool) -> None:
     seen: list[int] = []
@@ -171,7 +161,7 @@ def runs_with_a_generator(run: Run, where: str, explicit: torch.Generator) -> Te
     return run(Noisy(explicit), x)
 
 
-@FORMS
+@both_forms
 @pytest.mark.parametrize("where", ["argument", "container", "closure", "attribute"])
 def test_explicit_generators(where: str, use_reentrant: bool) -> None:
     def play(run: Run) -> list[Any]:
@@ -186,10 +176,10 @@ def test_explicit_generators(where: str, use_reentrant: bool) -> None:
 
     expected = play(plain)
     assert expected[:3] == [12, 12, 3]
-    assert play(checkpointed(use_reentrant)) == expected
+    assert play(checkpointed(use_reentrant=use_reentrant)) == expected
 
 
-@FORMS
+@both_forms
 def test_a_replay_rewinds_explicit_generators(use_reentrant: bool) -> None:
     named = torch.Generator("cuda:4").manual_seed(3)
     reached = torch.Generator("cuda:5").manual_seed(4)
@@ -214,7 +204,7 @@ def test_a_replay_rewinds_explicit_generators(use_reentrant: bool) -> None:
 # Several devices in one call.
 
 
-@FORMS
+@both_forms
 def test_a_sequence_over_eight_devices(use_reentrant: bool) -> None:
     def stage(device: int) -> Callable[[Tensor], Tensor]:
         return lambda x: draws(x.to(f"cuda:{device}"))
@@ -265,7 +255,7 @@ def test_a_group_of_calls_over_devices() -> None:
 
 
 @simulated_only
-@FORMS
+@both_forms
 def test_the_number_of_arguments_costs_nothing(use_reentrant: bool) -> None:
     """A generator of a device is looked at as often with twelve tensors there as with one."""
 
@@ -281,7 +271,7 @@ def test_the_number_of_arguments_costs_nothing(use_reentrant: bool) -> None:
     def torchs(function: Callable[..., Any], *args: Any) -> Any:
         return torch_checkpoint(function, *args, use_reentrant=use_reentrant)
 
-    run = checkpointed(use_reentrant)
+    run = checkpointed(use_reentrant=use_reentrant)
     added_by(run, 1)  # the first use of a device asks more
     assert added_by(run, 12) == added_by(run, 1)
     assert added_by(torchs, 12) > added_by(torchs, 1), "the counter must see such looks"

@@ -16,8 +16,9 @@ from typing import Any
 
 import fresh
 import pytest
-from cuda_helpers import FORMS, needs_devices
+from cuda_helpers import needs_devices
 from device_library import LIBRARY, device_library
+from helpers import both_forms
 
 pytestmark = [pytest.mark.cuda, needs_devices(2)]
 KINDS = pytest.mark.parametrize("kind", ["opaque", "philox"])
@@ -91,7 +92,7 @@ report_all(out=out.detach(), grad=x.grad)
 }
 
 
-@FORMS
+@both_forms
 @KINDS
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_draws_on_both(name: str, kind: str, use_reentrant: bool) -> None:
@@ -103,7 +104,7 @@ def test_draws_on_both(name: str, kind: str, use_reentrant: bool) -> None:
     assert any(offset > 0 for _, offset in expected["offsets"]), "something was drawn on CUDA"
 
 
-@FORMS
+@both_forms
 def test_what_is_kept(use_reentrant: bool) -> None:
     """The generators of both types that the function drew from, and no others."""
     program = """
@@ -134,7 +135,7 @@ report_all(out=a.detach(), grad=x.grad, captured=captured)
 """
 
 
-@FORMS
+@both_forms
 def test_the_other_one_while_cuda_is_captured(use_reentrant: bool) -> None:
     """It draws as always, and is rewound as always."""
     program = "function = draws\n" + CAPTURED
@@ -144,7 +145,7 @@ def test_the_other_one_while_cuda_is_captured(use_reentrant: bool) -> None:
     assert found == expected
 
 
-@FORMS
+@both_forms
 def test_a_replay_on_the_other_ones_thread_is_outside_of_the_capture(use_reentrant: bool) -> None:
     """Autograd makes the forward's stream the current one of the node's own accelerator alone."""
     program = """
