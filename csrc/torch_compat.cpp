@@ -345,13 +345,4 @@ at::Tensor values_of(const at::Tensor& tensor) {
       c10::VariableVersion(0), /*allow_tensor_metadata_change=*/true));
 }
 
-at::Tensor alias_of(const at::Tensor& tensor) {
-  if (!is_plain(tensor)) {
-    return tensor.detach();
-  }
-  auto* impl = tensor.unsafeGetTensorImpl();
-  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(),
-                                                  /*allow_tensor_metadata_change=*/false));
-}
-
 }  // namespace reprise::compat

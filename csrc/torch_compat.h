@@ -186,9 +186,6 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
 // of its own, so that SavedVariable takes it over instead of copying it again.
 at::Tensor values_of(const at::Tensor& tensor);
 
-// A tensor of its own for the same values, without history.
-at::Tensor alias_of(const at::Tensor& tensor);
-
 // A dense tensor with a storage and without behaviour of its own.
 bool is_plain(const at::Tensor& tensor);
 

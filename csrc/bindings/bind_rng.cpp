@@ -20,15 +20,9 @@ namespace {
 // torch initialises these lazily and says so in their Python module; asking the
 // driver would initialise it, and break a later fork. A program on the CPU with
 // a CUDA build of torch asks several times per segment, so the module's flag is read
-// first; its function, which also knows of forks, has the last word.
-bool initialised_in_python(const char* module_name) {
-  WithInterpreter lock;
-  const py::object module = py::module_::import("torch").attr(module_name);
-  return module.attr("is_initialized")().cast<bool>();
-}
-
-// The dict of torch.cuda or the like; borrowed for ever, modules stay.
-bool is_flagged(PyObject*& dict, const char* module_name) {
+// first; its function, which also knows of forks, has the last word. `dict`: of the
+// module, looked up the first time; borrowed for ever, modules stay.
+bool initialised_in_python(const char* module_name, PyObject*& dict) {
   WithInterpreter lock;
   static PyObject* const flag_name = PyUnicode_InternFromString("_initialized");
   if (dict == nullptr) {
@@ -36,7 +30,8 @@ bool is_flagged(PyObject*& dict, const char* module_name) {
     dict = Ref::borrow(PyModule_GetDict(module.ptr())).release();
   }
   // No such flag: then the function has to be asked.
-  return PyDict_GetItem(dict, flag_name) != Py_False;
+  return PyDict_GetItem(dict, flag_name) != Py_False &&
+         py::module_::import("torch").attr(module_name).attr("is_initialized")().cast<bool>();
 }
 
 bool is_initialised(c10::DeviceType type) {
@@ -50,13 +45,13 @@ bool is_initialised(c10::DeviceType type) {
   bool now = false;
   switch (type) {
     case c10::DeviceType::CUDA:
-      now = is_flagged(cuda, "cuda") && initialised_in_python("cuda");
+      now = initialised_in_python("cuda", cuda);
       break;
     case c10::DeviceType::XPU:
-      now = is_flagged(xpu, "xpu") && initialised_in_python("xpu");
+      now = initialised_in_python("xpu", xpu);
       break;
     case c10::DeviceType::MTIA:
-      now = is_flagged(mtia, "mtia") && initialised_in_python("mtia");
+      now = initialised_in_python("mtia", mtia);
       break;
     default:
       now = accelerator_has_context(type);
