@@ -42,26 +42,15 @@ _C.set_internal_paths([_compat.torch_directory(), *_compat.own_files()])
 
 __version__ = _INFO.version
 
-__all__ = [  # noqa: RUF022, by topic
-    "checkpoint",
-    "Checkpointer",
-    "checkpoint_sequential",
-    "CheckpointFunction",
-    "CheckpointError",
-    "GraphExecGroup",
-    "set_checkpoint_early_stop",
-    "set_checkpoint_debug_enabled",
-    "noop_context_fn",
+# fmt: off
+__all__ = [  # noqa: RUF022, a line for each topic
+    "checkpoint", "Checkpointer", "checkpoint_sequential", "CheckpointFunction", "GraphExecGroup",
+    "CheckpointError", "set_checkpoint_debug_enabled", "set_checkpoint_early_stop",
     "ledger",
-    "rng",
-    "DefaultDeviceType",
-    "set_device_states",
-    "get_device_states",
-    "detach_variable",
-    "check_backward_validity",
+    "rng", "get_device_states", "set_device_states", "DefaultDeviceType",
+    "noop_context_fn", "check_backward_validity", "detach_variable",
     # torch's own
-    "CheckpointPolicy",
-    "create_selective_checkpoint_contexts",
+    "create_selective_checkpoint_contexts", "CheckpointPolicy", "SelectiveCheckpointContext",
     "SAC_IGNORED_OPS",
-    "SelectiveCheckpointContext",
 ]
+# fmt: on
