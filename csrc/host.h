@@ -88,7 +88,11 @@ class Host {
 
 // Set once, when the extension is loaded, before any segment exists.
 void set_host(Host* host) noexcept;
-Host& host() noexcept;
+
+namespace detail {
+extern Host* g_host;
+}
+inline Host& host() noexcept { return *detail::g_host; }
 
 // Holds the interpreter lock for a scope. See Host::acquire_interpreter.
 class InterpreterHeld {

@@ -252,7 +252,14 @@ bool running_node_unpacks_once() {
   }
   constexpr std::string_view generated = "N5torch8autograd9generated";
   const ag::Node& running = *node;
-  return std::string_view(typeid(running).name()).substr(0, generated.size()) == generated;
+  // Most nodes save several tensors, so that the last answer is often asked for again.
+  thread_local const std::type_info* last_type = nullptr;
+  thread_local bool last_answer = false;
+  if (last_type != &typeid(running)) {
+    last_type = &typeid(running);
+    last_answer = std::string_view(last_type->name()).substr(0, generated.size()) == generated;
+  }
+  return last_answer;
 }
 
 bool is_output_of_newest_node(const at::Tensor& tensor) {
@@ -341,8 +348,9 @@ at::Tensor values_of(const at::Tensor& tensor) {
   if (tensor.is_leaf()) {
     return tensor;
   }
+  // Like detach(), which shares the version counter too.
   return at::Tensor(tensor.unsafeGetTensorImpl()->shallow_copy_and_detach(
-      c10::VariableVersion(0), /*allow_tensor_metadata_change=*/true));
+      ag::impl::version_counter(tensor), /*allow_tensor_metadata_change=*/true));
 }
 
 }  // namespace reprise::compat

@@ -18,23 +18,21 @@ namespace ag = torch::autograd;
 namespace {
 
 // The hooks of the replay's own graph: fn may run a backward of its own inside,
-// so they hold what they packed.
+// so they hold what they packed. The graph may outlive the replay, where fn stores
+// it somewhere; it needs its values then, nothing else.
 class ReplayHooks final : public ag::SavedVariableHooks {
  public:
-  ReplayHooks(c10::intrusive_ptr<Segment> segment, c10::intrusive_ptr<Replay> replay)
-      : segment_(std::move(segment)), replay_(std::move(replay)) {}
+  ReplayHooks(Segment& segment, Replay& replay) : segment_(&segment), replay_(&replay) {}
   void call_pack_hook(const at::Tensor& tensor) override {
     values_ = replay_->offer(*segment_, tensor);
-    // The replay's graph may outlive the replay, where fn stores it somewhere;
-    // it needs its values then, nothing else.
-    replay_.reset();
-    segment_.reset();
   }
   at::Tensor call_unpack_hook() override { return values_; }
 
  private:
-  c10::intrusive_ptr<Segment> segment_;
-  c10::intrusive_ptr<Replay> replay_;
+  // Valid until the one call of call_pack_hook, which torch makes right after the
+  // recorder made this object: the recorder lies on the hook stack and owns both.
+  Segment* segment_;
+  Replay* replay_;
   at::Tensor values_;  // strong, without history
 };
 
@@ -126,7 +124,12 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   if (stopped_.load(std::memory_order_relaxed)) {
     return values;  // fn swallowed the stop and goes on: see Note [Early stop]
   }
-  TensorMeta found = TensorMeta::of(tensor);
+  // Sizes of other kinds may take the interpreter lock, so they come before the mutex.
+  const bool plain = has_plain_sizes(tensor);
+  TensorMeta found;
+  if (!plain) {
+    found = TensorMeta::of(tensor);
+  }
   const uint64_t newest_node = at::sequence_number::peek();
   bool stop = false;
   bool may_finish = false;
@@ -143,9 +146,11 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
       // more tensors fn is going to save.
       too_many = forward_was_done_;
     } else {
+      const Slot& slot = segment.slots_[index];
       if (segment.options_.check_determinism &&
-          !(TensorMeta::of(segment.slots_[index], segment.sizes_) == found)) {
-        mismatches_.push_back({index, std::move(found)});
+          !(plain ? slot.matches(tensor, segment.sizes_)
+                  : TensorMeta::of(slot, segment.sizes_) == found)) {
+        mismatches_.push_back({index, plain ? TensorMeta::of(tensor) : std::move(found)});
       }
       if (wanted_[index]) {
         if (segment.slots_[index].live || key_.none()) {
@@ -308,7 +313,7 @@ ReplayRecorder::ReplayRecorder(c10::intrusive_ptr<Segment> segment,
 ReplayRecorder::~ReplayRecorder() = default;
 
 std::unique_ptr<ag::SavedVariableHooks> ReplayRecorder::make_hooks() {
-  return std::make_unique<ReplayHooks>(segment_, replay_);
+  return std::make_unique<ReplayHooks>(*segment_, *replay_);
 }
 
 int ReplayRecorder::depth() const { return segment_->depth(); }

@@ -26,6 +26,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
                                            SegmentOptions options, int depth,
                                            RngSnapshot::Generators generators) {
   auto segment = c10::intrusive_ptr<Segment>::make();
+  segment->forward_thread_ = std::this_thread::get_id();
   segment->program_ = std::move(program);
   segment->options_ = options;
   segment->depth_ = depth;
@@ -131,42 +132,49 @@ void Segment::end_forward() {
 namespace {
 
 // Bytes of a tensor's own elements; 0 where that is not one block of memory.
-uint64_t element_bytes(const at::Tensor& tensor, const TensorMeta& meta) {
+uint64_t element_bytes(const at::Tensor& tensor, c10::IntArrayRef sizes) {
   if (tensor.layout() != at::kStrided) {
     return 0;
   }
   uint64_t elements = 1;
-  for (int64_t size : meta.sizes) {
+  for (int64_t size : sizes) {
     elements *= size == Slot::kSymbolic ? 0 : static_cast<uint64_t>(size);
   }
-  return elements * c10::elementSize(meta.dtype);
+  return elements * tensor.dtype().itemsize();
 }
 
 }  // namespace
 
 uint32_t Segment::record(const at::Tensor& tensor) {
-  // Both may take the interpreter lock, so they come before mutex_.
-  const SourceLocation where = where_is(at::sequence_number::peek());
-  const TensorMeta meta = TensorMeta::of(tensor);
+  Slot slot;
+  // The line and sizes of other kinds may take the interpreter lock, so they come
+  // before mutex_.
+  slot.where = where_is(at::sequence_number::peek());
+  TensorMeta meta;
+  c10::IntArrayRef sizes;
+  if (has_plain_sizes(tensor)) {
+    sizes = tensor.sizes();
+  } else {
+    meta = TensorMeta::of(tensor);
+    sizes = meta.sizes;
+  }
+  slot.dim = static_cast<uint16_t>(sizes.size());
+  slot.dtype = tensor.scalar_type();
+  slot.device = tensor.device();
   const bool is_parameter = tensor.requires_grad() && tensor.is_leaf();
   const bool is_input = tensor.has_storage() &&
                         std::find(input_storages_.begin(), input_storages_.end(),
                                   tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
-  const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, meta);
-  Slot slot;
+  const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, sizes);
   if (checks_versions_ && !tensor.is_inference()) {
     slot.version = ag::impl::version_counter(tensor);
     slot.saved_version = slot.version.current_version();
   }
 
   std::lock_guard<std::mutex> lock(mutex_);
-  note_device(meta.device);
-  slot.where = where;
+  note_device(slot.device);
   slot.first_size = static_cast<uint32_t>(sizes_.size());
-  slot.dim = static_cast<uint16_t>(meta.sizes.size());
-  slot.dtype = meta.dtype;
-  slot.device = meta.device;
-  sizes_.insert(sizes_.end(), meta.sizes.begin(), meta.sizes.end());
+  sizes_.insert(sizes_.end(), sizes.begin(), sizes.end());
   slots_.push_back(std::move(slot));
   ++live_;
   bytes_not_saved_ += bytes;
@@ -174,16 +182,14 @@ uint32_t Segment::record(const at::Tensor& tensor) {
 }
 
 SourceLocation Segment::where_is(uint64_t node) {
-  const auto thread = std::this_thread::get_id();
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!slots_.empty() && last_node_ == node && last_thread_ == thread) {
-      return slots_.back().where;
-    }
-    last_node_ = node;
-    last_thread_ = thread;
+  if (forward_thread_ != std::this_thread::get_id()) {
+    return host().current_location();  // a thread of a backward inside fn
   }
-  return host().current_location();
+  if (last_node_ != node || last_where_.code == nullptr) {
+    last_node_ = node;
+    last_where_ = host().current_location();
+  }
+  return last_where_;
 }
 
 void Segment::note_device(c10::Device device) {
@@ -261,6 +267,25 @@ Replay* Segment::find_replay(const compat::ReplayKey& key) const {
 
 at::Tensor Segment::unpack(uint32_t index) {
   const compat::ReplayKey key = compat::current_replay_key();
+  std::unique_lock<std::mutex> lock(mutex_);
+  check_version(lock, index);
+  if (key.none()) {
+    // Somebody looks at a saved tensor outside of backward.
+    return replay_one(lock, index);
+  }
+  if (at::Tensor values = recomputed(key, index); values.defined()) {
+    return values;
+  }
+  lock.unlock();
+  return replay_and_unpack(key, index);
+}
+
+at::Tensor Segment::recomputed(const compat::ReplayKey& key, uint32_t index) const {
+  Replay* replay = find_replay(key);
+  return replay != nullptr && !replay->running ? replay->hand_over(index) : at::Tensor();
+}
+
+at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t index) {
   // Declared before the lock, so that they are destroyed after it is let go, and
   // looked up before it is taken: both may need the interpreter lock.
   auto group = key.is_group() ? compat::current_group() : std::nullopt;
@@ -268,13 +293,14 @@ at::Tensor Segment::unpack(uint32_t index) {
   c10::intrusive_ptr<Replay> replay;
   bool registered = key.is_group();
 
+  // The graph may be freed while fn runs again (a backward inside it).
+  const auto self = c10::intrusive_ptr<Segment>::reclaim_copy(this);
+
   std::unique_lock<std::mutex> lock(mutex_);
-  check_version(lock, index);
-  if (key.none()) {
-    // Somebody looks at a saved tensor outside of backward.
-    return replay_one(lock, index);
-  }
   while (true) {
+    if (at::Tensor values = recomputed(key, index); values.defined()) {
+      return values;
+    }
     Replay* known = find_replay(key);
     replay = known != nullptr ? c10::intrusive_ptr<Replay>::reclaim_copy(known)
                               : c10::intrusive_ptr<Replay>();
@@ -296,9 +322,6 @@ at::Tensor Segment::unpack(uint32_t index) {
       continue;
     }
     if (replay) {
-      if (at::Tensor values = replay->hand_over(index); values.defined()) {
-        return values;
-      }
       // Handed over before, in the same backward: from now on keep.
       replay->keep_from_now_on();
     } else if (!registered) {

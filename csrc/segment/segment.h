@@ -136,6 +136,8 @@ class Segment final : public c10::intrusive_ptr_target {
 
   // Both with mutex_ held through `lock`, which is let go while fn runs.
   void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
+  // Waits for the replay that fills the slot or runs it. Without mutex_.
+  at::Tensor replay_and_unpack(const compat::ReplayKey& key, uint32_t index);
   // Recomputes one slot; nothing is kept.
   at::Tensor replay_one(std::unique_lock<std::mutex>& lock, uint32_t index);
   void wait_for_replay(std::unique_lock<std::mutex>& lock, std::thread::id runner);
@@ -144,8 +146,11 @@ class Segment final : public c10::intrusive_ptr_target {
   void check_version(std::unique_lock<std::mutex>& lock, uint32_t index);
   void note_device(c10::Device device);
   // The line that made the autograd node with this number, the newest of this thread.
+  // Without mutex_.
   SourceLocation where_is(uint64_t node);
   Replay* find_replay(const compat::ReplayKey& key) const;
+  // What a finished replay holds for a slot; undefined if nothing.
+  at::Tensor recomputed(const compat::ReplayKey& key, uint32_t index) const;
   // What was recomputed for `key`, taken out so that the caller can drop it
   // unlocked: the graph task or group is over.
   std::vector<c10::intrusive_ptr<Replay>> take_replays(const compat::ReplayKey& key);
@@ -182,6 +187,13 @@ class Segment final : public c10::intrusive_ptr_target {
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
   c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
 
+  // Of the thread that runs the forward, and used by it alone: the newest autograd
+  // node when the last slot was recorded, by its number on this thread, and the line
+  // that made it. The slots of one operator have one line.
+  std::thread::id forward_thread_;
+  uint64_t last_node_ = 0;
+  SourceLocation last_where_;
+
   mutable std::mutex mutex_;
   std::condition_variable replay_done_;
   // Guarded by mutex_.
@@ -191,10 +203,6 @@ class Segment final : public c10::intrusive_ptr_target {
   bool forward_done_ = false;
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
-  // The newest autograd node when the last slot was recorded, by its number on its
-  // thread: the slots of one operator have one source line.
-  uint64_t last_node_ = 0;
-  std::thread::id last_thread_;
   std::vector<c10::intrusive_ptr<Replay>> replays_;  // nearly always none or one
 
   // The ledger's list of live segments; guarded by the ledger's mutex.

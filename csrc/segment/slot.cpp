@@ -7,6 +7,17 @@
 
 namespace reprise {
 
+bool has_plain_sizes(const at::Tensor& tensor) {
+  auto* impl = tensor.unsafeGetTensorImpl();
+  return !impl->is_nested() && !impl->has_symbolic_sizes_strides() && !impl->is_python_dispatch();
+}
+
+bool Slot::matches(const at::Tensor& tensor, const std::vector<int64_t>& all_sizes) const {
+  const auto sizes = tensor.sizes();
+  return dtype == tensor.scalar_type() && device == tensor.device() && dim == sizes.size() &&
+         std::equal(sizes.begin(), sizes.end(), all_sizes.begin() + first_size);
+}
+
 TensorMeta TensorMeta::of(const at::Tensor& tensor) {
   TensorMeta meta;
   meta.dtype = tensor.scalar_type();

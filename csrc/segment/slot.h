@@ -35,7 +35,15 @@ struct Slot {
   c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
   uint32_t saved_version = 0;
   bool live = true;  // false once autograd let go of it; guarded by the segment's mutex
+
+  // Is `tensor` what the slot was made from, as far as TensorMeta tells? For tensors
+  // whose sizes are a plain list; `sizes`: of all slots.
+  bool matches(const at::Tensor& tensor, const std::vector<int64_t>& sizes) const;
 };
+
+// Are the tensor's sizes a plain list of numbers, to be read without running code of
+// anybody else's?
+bool has_plain_sizes(const at::Tensor& tensor);
 
 struct TensorMeta {
   c10::SmallVector<int64_t, 6> sizes;

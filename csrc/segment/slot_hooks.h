@@ -19,11 +19,7 @@ class SlotHooks final : public torch::autograd::SavedVariableHooks {
     }
   }
   void call_pack_hook(const at::Tensor& tensor) override { index_ = segment_->record(tensor); }
-  at::Tensor call_unpack_hook() override {
-    // The graph may be freed while fn runs again (a backward inside it).
-    const auto segment = segment_;
-    return segment->unpack(index_);
-  }
+  at::Tensor call_unpack_hook() override { return segment_->unpack(index_); }
 
  private:
   static constexpr uint32_t kNone = UINT32_MAX;
