@@ -14,6 +14,7 @@
 #include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -64,6 +65,12 @@ class Host {
   // it back. Waiting for another thread happens between the two.
   virtual void* release_interpreter() noexcept = 0;
   virtual void reacquire_interpreter(void* token) noexcept = 0;
+
+  // Is this TorchFunction mode the one by which torch.set_default_device and
+  // `with torch.device(...)` work? And one of these for the CPU, which is torch's
+  // behaviour without any.
+  virtual bool is_default_device_mode(const c10::SafePyObject& mode) noexcept = 0;
+  virtual std::shared_ptr<c10::SafePyObject> cpu_device_mode() = 0;
 
   // Will the end of this GraphExecGroup be told to end_group()?
   virtual bool reports_its_end(PyObject* group) noexcept = 0;

@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[Any, list[str]]] = {
         torch_reprise,
         [
             "set_checkpoint_early_stop",
+            "is_recomputing",
             "set_checkpoint_debug_enabled",
             "GraphExecGroup",
             "noop_context_fn",

@@ -108,7 +108,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     # A device thread of autograd drops the last references of a backward that failed after the
     # call has returned; on the CPU the caller's thread does, and nothing is waited for.
     deadline = time.monotonic() + 5.0
-    while left and torch.accelerator.is_available() and time.monotonic() < deadline:
+    while left and torch.accelerator.current_accelerator() and time.monotonic() < deadline:
         time.sleep(0.01)
         left = what_is_left(before)
     if not left:

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "host.h"
+
 namespace reprise {
 
 using at::impl::PythonTorchFunctionTLS;
@@ -89,9 +91,11 @@ void AutocastState::apply(const AutocastState& now) const {
 
 AmbientState AmbientState::capture() {
   AmbientState state;
+  state.flags_ = TorchFlags::shared_current();
   state.autocast_ = AutocastState::current();
   for (int64_t i = 0, n = PythonTorchFunctionTLS::stack_len(); i < n; ++i) {
     state.function_modes_.push_back(PythonTorchFunctionTLS::get_stack_at(i));
+    state.has_default_device_ |= host().is_default_device_mode(*state.function_modes_.back());
   }
   if (TorchDispatchModeTLS::any_modes_set(/*skip_infra_modes=*/true)) {
     // get_stack_at counts the infra modes (fake, proxy, functional) first.
@@ -120,9 +124,41 @@ bool is_active(const Mode& mode) {
   return false;
 }
 
+bool default_device_is_set() {
+  for (int64_t i = 0, n = PythonTorchFunctionTLS::stack_len(); i < n; ++i) {
+    if (host().is_default_device_mode(*PythonTorchFunctionTLS::get_stack_at(i))) {
+      return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
-AmbientScope::AmbientScope(const AmbientState& state) : outer_autocast_(AutocastState::current()) {
+std::string AmbientState::settings_diff() const {
+  if (!flags_) {
+    return {};
+  }
+  std::string text = flags_->diff(TorchFlags::current());
+  if (has_default_device_ != default_device_is_set()) {
+    text += text.empty() ? "" : "\n";
+    text += has_default_device_ ? "a default device was set in the forward, none is now"
+                                : "no default device was set in the forward, one is now";
+  }
+  return text;
+}
+
+AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != nullptr) {
+  if (!active_) {
+    return;
+  }
+  outer_flags_ = TorchFlags::current();
+  outer_autocast_ = AutocastState::current();
+  state.flags_->apply(outer_flags_);
+  if (!state.has_default_device_ && default_device_is_set()) {
+    PythonTorchFunctionTLS::push_onto_stack(host().cpu_device_mode());
+    ++function_modes_;
+  }
   if (state.autocast_.enabled != 0) {
     // As entering autocast does: casts cached inside do not outlive the scope.
     at::autocast::increment_nesting();
@@ -144,6 +180,9 @@ AmbientScope::AmbientScope(const AmbientState& state) : outer_autocast_(Autocast
 }
 
 AmbientScope::~AmbientScope() {
+  if (!active_) {
+    return;
+  }
   for (; dispatch_modes_ > 0; --dispatch_modes_) {
     TorchDispatchModeTLS::pop_stack();
   }
@@ -154,6 +193,7 @@ AmbientScope::~AmbientScope() {
   if (autocast_nested_ && at::autocast::decrement_nesting() == 0) {
     at::autocast::clear_cache();
   }
+  outer_flags_.apply(TorchFlags::current());
 }
 
 }  // namespace reprise

@@ -2,11 +2,18 @@
 // computes. Noted when a segment begins, put in force for its replay, and the
 // outer state put back after.
 //
-// So far: autocast of every device type, and the TorchFunction and
-// TorchDispatch modes that are active in the forward and not around the replay
-// (a default device is one of the former). Modes are pushed as they are, their
-// __enter__ is not called again: re-entering a mode object would overwrite what
-// its own __exit__ restores.
+//   autocast        of every device type
+//   modes           TorchFunction and TorchDispatch modes that are active in the forward
+//                   and not around the replay. Pushed as they are, their __enter__ is
+//                   not called again: re-entering a mode object would overwrite what its
+//                   own __exit__ restores. Modes that are active around the replay stay:
+//                   they are observers (profilers, counters) who want to see it.
+//   default device  is a TorchFunction mode of torch's. One that is active around the
+//                   replay alone is no observer: the CPU's is pushed on top of it.
+//   settings        of the process (torch_flags.h)
+//
+// Python's context variables are the program's (bindings/python_program.h). What is left
+// alone, and why, is in docs/ambient.md.
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -17,6 +24,9 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <string>
+
+#include "ambient/torch_flags.h"
 
 namespace reprise {
 
@@ -44,13 +54,21 @@ struct AutocastState {
 
 class AmbientState {
  public:
+  // Holds nothing: a scope with it changes nothing.
+  AmbientState() = default;
   static AmbientState capture();
+
+  // What of the settings that no context manager ends (of the process, default device)
+  // is another now, a line each; empty if nothing is.
+  std::string settings_diff() const;
 
  private:
   friend class AmbientScope;
   using FunctionMode = std::shared_ptr<c10::SafePyObject>;
   using DispatchMode = std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>;
 
+  std::shared_ptr<const TorchFlags> flags_;  // null: nothing was noted
+  bool has_default_device_ = false;
   AutocastState autocast_;
   // Strong references, dropped with the segment; outermost first.
   c10::SmallVector<FunctionMode, 0> function_modes_;
@@ -66,6 +84,8 @@ class AmbientScope {
   AmbientScope& operator=(const AmbientScope&) = delete;
 
  private:
+  bool active_;
+  TorchFlags outer_flags_;
   AutocastState outer_autocast_;
   bool autocast_nested_ = false;
   int function_modes_ = 0;  // how many were pushed

@@ -2,7 +2,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
-#include "bindings/generators.h"
+#include "bindings/reach.h"
 
 namespace reprise::bindings {
 namespace {

@@ -4,13 +4,14 @@
 
 #include "bindings/bind.h"
 #include "bindings/early_stop.h"
-#include "bindings/generators.h"
 #include "bindings/python_host.h"
 #include "bindings/python_object.h"
 #include "bindings/python_program.h"
+#include "bindings/reach.h"
 #include "bindings/source_location.h"
 #include "segment/ledger.h"
 #include "segment/reentrant.h"
+#include "segment/replay.h"
 #include "segment/segment.h"
 #include "torch_compat.h"
 
@@ -25,10 +26,16 @@ enum Flags : long {
   kEarlyStop = 2,
   kCheckDeterminism = 4,
   kCheckRng = 8,
+  kAmbientCheck = 16,
+  kAmbientIgnore = 32,
+  kPreserveState = 64,
 };
 
 SegmentOptions options_of(long flags) {
-  return {.preserve_rng_state = (flags & kPreserveRngState) != 0,
+  return {.ambient = (flags & kAmbientCheck) != 0    ? AmbientPolicy::kCheck
+                     : (flags & kAmbientIgnore) != 0 ? AmbientPolicy::kIgnore
+                                                     : AmbientPolicy::kRestore,
+          .preserve_rng_state = (flags & kPreserveRngState) != 0,
           .early_stop = (flags & kEarlyStop) != 0,
           .check_determinism = (flags & kCheckDeterminism) != 0,
           .check_rng = (flags & kCheckRng) != 0};
@@ -46,16 +53,25 @@ std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
   return {Ref::borrow(forward), Ref::borrow(replay)};
 }
 
-// The explicit generators of a call: in the arguments (found already), in reach of
-// the function, or given by the user (`given`: a tuple or None).
-void complete_generators(PyObject* function, PyObject* given,
-                         std::vector<at::Generator>& generators) {
-  find_generators(function, generators);
-  if (given != Py_None) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
-      generators.push_back(*as_generator(PyTuple_GET_ITEM(given, i)));
+// What a call reaches besides its arguments. `generators`: those found in the
+// arguments. `given`: more of them from the user, a tuple or None.
+Reach reach_of(PyObject* function, PyObject* given, long flags,
+               std::vector<at::Generator>&& generators) {
+  Reach reach;
+  if ((flags & (kPreserveRngState | kPreserveState)) != 0) {
+    reach.generators = std::move(generators);
+    look_around(function, reach);
+    if (given != Py_None) {
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
+        reach.generators.push_back(*as_generator(PyTuple_GET_ITEM(given, i)));
+      }
     }
   }
+  if ((flags & kPreserveState) == 0) {
+    reach.modules.clear();
+    reach.tensors.clear();
+  }
+  return reach;
 }
 
 // run_segment(function, args, kwargs, flags, context_fn or None, debug_session or None,
@@ -88,14 +104,14 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   auto program =
       std::make_unique<PythonProgram>(function, args, kwargs, replay_context.get(),
                                       argv[5] == Py_None ? nullptr : argv[5], inputs, generators);
-  if ((flags & kPreserveRngState) != 0) {
-    complete_generators(function, argv[6], generators);
-  }
+  Reach reach = reach_of(function, argv[6], flags, std::move(generators));
+  program->hold(std::move(reach.modules), (flags & kAmbientIgnore) == 0);
   SegmentOptions options = options_of(flags);
   // Selective checkpointing has a check of its own, which can be turned off.
   options.check_versions = argv[4] == Py_None;
-  auto segment = Segment::begin(std::move(program), inputs, options, current_depth(), generators);
-  generators.clear();
+  auto segment = Segment::begin(std::move(program), inputs, options, current_depth(),
+                                reach.generators, reach.tensors);
+  reach = Reach();
   inputs.clear();
   bool suppressed = false;
   Ref result;
@@ -151,12 +167,11 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     const c10::AutoGradMode no_grad(false);
     return PyObject_Call(function, args, kwargs);
   }
-  if ((flags & kPreserveRngState) != 0) {
-    complete_generators(function, argv[4], generators);
-  }
-  auto segment =
-      Segment::begin(std::move(program), inputs, options_of(flags), current_depth(), generators);
-  generators.clear();
+  Reach reach = reach_of(function, argv[4], flags, std::move(generators));
+  program->hold(std::move(reach.modules), (flags & kAmbientIgnore) == 0);
+  auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth(),
+                                reach.generators, reach.tensors);
+  reach = Reach();
   if (segment->row()) {
     auto lock = Ledger::get().lock_rows();
     segment->row()->reentrant = true;
@@ -209,11 +224,15 @@ void bind_segment(py::module_& module) {
   module.attr("EARLY_STOP") = static_cast<long>(kEarlyStop);
   module.attr("CHECK_DETERMINISM") = static_cast<long>(kCheckDeterminism);
   module.attr("CHECK_RNG") = static_cast<long>(kCheckRng);
+  module.attr("AMBIENT_CHECK") = static_cast<long>(kAmbientCheck);
+  module.attr("AMBIENT_IGNORE") = static_cast<long>(kAmbientIgnore);
+  module.attr("PRESERVE_STATE") = static_cast<long>(kPreserveState);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });
   module.def("set_group_type", [](const py::object& type) { set_group_type(type.ptr()); });
   module.def("set_internal_paths",
              [](const std::vector<std::string>& prefixes) { set_internal_paths(prefixes); });
+  module.def("is_recomputing", [] { return ReplayMark::active(); });
   module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });
   module.def("enable_native_hooks", &compat::enable_native_hooks);
   module.def("native_hooks_installed", &compat::native_hooks_installed);

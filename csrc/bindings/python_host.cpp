@@ -21,6 +21,7 @@ namespace {
 PyObject* g_checkpoint_error = nullptr;
 PyObject* g_unpack = nullptr;
 PyObject* g_group_type = nullptr;
+PyObject* g_default_device_type = nullptr;  // torch.utils._device.DeviceContext
 
 // --- Holder: what a pack hook returns when Python calls it --------------------
 
@@ -182,6 +183,17 @@ class PythonHost final : public Host {
     }
   }
 
+  bool is_default_device_mode(const c10::SafePyObject& mode) noexcept override {
+    return reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr(&mode.pyinterpreter()))) ==
+           g_default_device_type;
+  }
+
+  std::shared_ptr<c10::SafePyObject> cpu_device_mode() override {
+    WithInterpreter lock;
+    Ref mode = checked(PyObject_CallFunction(g_default_device_type, "s", "cpu"));
+    return std::make_shared<c10::SafePyObject>(mode.release(), getPyInterpreter());
+  }
+
   bool reports_its_end(PyObject* group) noexcept override {
     WithInterpreter lock;
     return g_group_type != nullptr &&
@@ -261,6 +273,9 @@ void install_host() {
   g_hook_pack_type.tp_getset = g_hook_pack_getset;
   ready(g_hook_pack_type, "torch_reprise._C.HookPack", sizeof(HookPack), hook_pack_dealloc);
   g_unpack = checked(PyCFunction_New(&g_unpack_def, nullptr)).release();
+  Ref device_module = checked(PyImport_ImportModule("torch.utils._device"));
+  g_default_device_type =
+      checked(PyObject_GetAttrString(device_module.get(), "DeviceContext")).release();
   early_stop_type();
   host = new PythonHost;  // never destroyed: graphs may outlive the module
   set_host(host);

@@ -79,6 +79,8 @@ PythonProgram::~PythonProgram() {
     new std::optional<Structure>(std::move(kwargs_));
     new Ref(std::move(replay_context_));
     new Ref(std::move(debug_session_));
+    new std::vector<Reach::Module>(std::move(modules_));
+    new Ref(std::move(context_variables_));
     return;
   }
   WithInterpreter lock;
@@ -90,14 +92,90 @@ PythonProgram::~PythonProgram() {
   kwargs_.reset();
   replay_context_ = Ref();
   debug_session_ = Ref();
+  modules_.clear();
+  context_variables_ = Ref();
   PyErr_Restore(type, value, traceback);
 }
+
+void PythonProgram::hold(std::vector<Reach::Module>&& modules, bool context_variables) {
+  modules_ = std::move(modules);
+  if (context_variables) {
+    context_variables_ = checked(PyContext_CopyCurrent());
+  }
+}
+
+namespace {
+
+// Modules are in training or evaluation as in the forward, for a scope.
+class TrainingScope {
+ public:
+  explicit TrainingScope(const std::vector<Reach::Module>& modules) {
+    for (const auto& [module, training] : modules) {
+      PyObject** dict = _PyObject_GetDictPtr(module.get());
+      PyObject* now = dict != nullptr && *dict != nullptr ? PyDict_GetItem(*dict, name()) : nullptr;
+      if (now != nullptr && (now != Py_False) != training) {
+        flipped_.push_back({Ref::borrow(*dict), Ref::borrow(now)});
+        PyDict_SetItem(*dict, name(), training ? Py_True : Py_False);
+      }
+    }
+  }
+  ~TrainingScope() {
+    if (flipped_.empty()) {
+      return;
+    }
+    PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+    PyErr_Fetch(&type, &value, &traceback);
+    for (const auto& [dict, was] : flipped_) {
+      PyDict_SetItem(dict.get(), name(), was.get());
+    }
+    PyErr_Restore(type, value, traceback);
+  }
+  TrainingScope(const TrainingScope&) = delete;
+  TrainingScope& operator=(const TrainingScope&) = delete;
+
+ private:
+  static PyObject* name() {
+    static PyObject* const name = PyUnicode_InternFromString("training");
+    return name;
+  }
+  std::vector<std::pair<Ref, Ref>> flipped_;  // dict, and what it held
+};
+
+// The variables of contextvars as in the forward, for a scope; changes end with it.
+class ContextVariablesScope {
+ public:
+  explicit ContextVariablesScope(PyObject* variables) {
+    if (variables != nullptr) {
+      context_ = checked(PyContext_Copy(variables));
+      if (PyContext_Enter(context_.get()) != 0) {
+        throw_python_error();
+      }
+    }
+  }
+  ~ContextVariablesScope() {
+    if (context_) {
+      PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+      PyErr_Fetch(&type, &value, &traceback);
+      PyContext_Exit(context_.get());
+      PyErr_Restore(type, value, traceback);
+    }
+  }
+  ContextVariablesScope(const ContextVariablesScope&) = delete;
+  ContextVariablesScope& operator=(const ContextVariablesScope&) = delete;
+
+ private:
+  Ref context_;
+};
+
+}  // namespace
 
 Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   size_t next = 0;
   Ref args = args_->build(inputs, &next);
   Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
   inputs.clear();
+  const TrainingScope training(modules_);
+  const ContextVariablesScope variables(context_variables_.get());
   return call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(),
                          suppressed);
 }
@@ -166,6 +244,11 @@ std::string PythonProgram::name() const {
     return "a checkpointed function";
   }
   return utf8;
+}
+
+std::string PythonProgram::where_reached(const c10::TensorImpl* tensor) const {
+  WithInterpreter lock;
+  return bindings::where_reached(function_.get(), tensor);
 }
 
 std::string PythonProgram::explain_mismatch() const {

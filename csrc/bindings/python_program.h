@@ -10,6 +10,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/python_object.h"
+#include "bindings/reach.h"
 #include "segment/segment.h"
 
 namespace reprise::bindings {
@@ -27,10 +28,15 @@ class PythonProgram final : public Program {
   // the references are leaked, there being nobody to give them back to.
   ~PythonProgram() override;
 
+  // What else a replay finds as it is now: the modules in training or evaluation, and,
+  // with `context_variables`, the variables of contextvars.
+  void hold(std::vector<Reach::Module>&& modules, bool context_variables);
+
   Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) override;
   std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) override;
   std::string name() const override;
   std::string explain_mismatch() const override;
+  std::string where_reached(const c10::TensorImpl* tensor) const override;
 
  private:
   // One call of the function with `inputs`, which are dropped before it begins:
@@ -43,6 +49,8 @@ class PythonProgram final : public Program {
   std::optional<Structure> kwargs_;  // absent when there are none
   Ref replay_context_;
   Ref debug_session_;
+  std::vector<Reach::Module> modules_;
+  Ref context_variables_;  // a contextvars.Context, never entered itself
 };
 
 // Calls `function` inside `context` (null: none), as a with statement would.

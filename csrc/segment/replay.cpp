@@ -85,8 +85,10 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
   }
   cursor_ = 0;
   operator_begin_ = 0;
+  operator_may_fill_ = false;
   mismatches_.clear();
   failure_.clear();
+  stop_at_next_ = false;
   stopped_.store(false, std::memory_order_relaxed);
 }
 
@@ -137,15 +139,18 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   {
     std::lock_guard<std::mutex> lock(segment.mutex_);
     const uint32_t index = cursor_++;
+    stop = stop_at_next_;
     if (newest_node != operator_) {
       operator_ = newest_node;
       operator_begin_ = index;
+      operator_may_fill_ = false;
     }
+    operator_may_fill_ |= !tensor.requires_grad();
     if (index >= slots_at_start_) {
       // A replay during the forward (backward inside fn) cannot know how many
       // more tensors fn is going to save.
       too_many = forward_was_done_;
-    } else {
+    } else if (!stop) {
       const Slot& slot = segment.slots_[index];
       if (segment.options_.check_determinism &&
           !(plain ? slot.matches(tensor, segment.sizes_)
@@ -159,6 +164,10 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         wanted_[index] = false;
       }
       stop = segment.options_.early_stop && static_cast<int64_t>(index) == last_wanted_;
+      if (stop && operator_may_fill_) {
+        stop_at_next_ = true;
+        stop = false;
+      }
       may_finish =
           stop && runner == std::this_thread::get_id() && is_nearly_done(segment, index, tensor);
     }

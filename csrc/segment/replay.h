@@ -31,6 +31,10 @@
 // is small, it may finish, and the exception is raised where it returns to
 // (Host::stop_after_operator).
 //
+// Some operators save a tensor first and fill it after (the noise of rrelu). Such a
+// tensor requires no grad; if the last operator saves one of that kind, the replay goes
+// on until the next operator saves something.
+//
 // Note [Recomputed tensors have no history]
 //
 // The tensor offered by the replay's graph may be the output of the very node
@@ -145,11 +149,13 @@ class Replay final : public c10::intrusive_ptr_target {
   // nodes made on this thread, and the first of these tensors.
   uint64_t operator_ = 0;
   uint32_t operator_begin_ = 0;
+  bool operator_may_fill_ = false;  // it may write to a tensor that it saved
   size_t slots_at_start_ = 0;
   bool forward_was_done_ = false;
   std::vector<Mismatch> mismatches_;
   std::string failure_;  // an error that was raised inside fn
   std::atomic<bool> stopped_{false};
+  bool stop_at_next_ = false;  // all is offered, the last one may not be filled yet
 };
 
 class ReplayRecorder final : public Recorder {

@@ -19,7 +19,10 @@ namespace reprise {
 class ReplayScope {
  public:
   explicit ReplayScope(Segment& segment)
-      : segment_(segment), generators_(rewind(segment)), ambient_(segment.ambient()) {}
+      : segment_(checked(segment)),
+        generators_(rewind(segment)),
+        ambient_(segment.ambient()),
+        state_(segment.reached()) {}
   ReplayScope(const ReplayScope&) = delete;
   ReplayScope& operator=(const ReplayScope&) = delete;
 
@@ -36,6 +39,45 @@ class ReplayScope {
   }
 
  private:
+  // Throws CheckpointError if a replay could not be the forward again.
+  static Segment& checked(Segment& segment) {
+    const ReachedState& reached = segment.reached();
+    for (size_t next = 0;;) {
+      const auto problem = reached.first_problem(&next);
+      if (problem.tensor == nullptr) {
+        break;
+      }
+      // Another tensor may be in its place by now (parameters that are sharded and
+      // gathered): then it is no matter of ours.
+      const std::string where = segment.program().where_reached(problem.tensor);
+      if (where.empty()) {
+        continue;
+      }
+      host().throw_checkpoint_error(
+          problem.lost
+              ? "torch_reprise: " + segment.name() + " changed " + where +
+                    " in place for the first time, so that no copy of what it was before is at "
+                    "hand for the replay. It will be from the next call on. If that cannot wait, "
+                    "call the function once without gradients, or without checkpointing."
+              : "torch_reprise: " + where + " was modified by an inplace operation after " +
+                    segment.name() +
+                    " used it in its forward and before its replay: it was at "
+                    "version " +
+                    std::to_string(problem.then) + " and is at version " +
+                    std::to_string(problem.now) +
+                    ". A replay would compute with the new value. Change it after backward, or "
+                    "give the function a copy.");
+    }
+    if (segment.options().ambient == AmbientPolicy::kCheck) {
+      if (const std::string diff = segment.ambient().settings_diff(); !diff.empty()) {
+        host().throw_checkpoint_error(
+            "torch_reprise: " + segment.name() +
+            " is replayed under other settings than its forward ran under:\n" + diff);
+      }
+    }
+    return segment;
+  }
+
   static RngScope rewind(Segment& segment) {
     try {
       return RngScope(segment.stash(), segment.options().preserve_rng_state);
@@ -54,6 +96,7 @@ class ReplayScope {
   compat::WantedLeaves own_calls_{nullptr};  // backward calls inside of fn ask for their own
   RngScope generators_;
   AmbientScope ambient_;
+  StateScope state_;
   c10::AutoGradMode gradients_{true};
 };
 

@@ -24,7 +24,8 @@ namespace ag = torch::autograd;
 c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
                                            const std::vector<at::Tensor>& inputs,
                                            SegmentOptions options, int depth,
-                                           RngSnapshot::Generators generators) {
+                                           RngSnapshot::Generators generators,
+                                           const std::vector<Reached>& reached) {
   auto segment = c10::intrusive_ptr<Segment>::make();
   segment->forward_thread_ = std::this_thread::get_id();
   segment->program_ = std::move(program);
@@ -59,11 +60,14 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     segment->note_device(input.device());
   }
   segment->checks_versions_ = options.check_versions && !compat::user_hooks_in_force();
-  segment->ambient_ = AmbientState::capture();
+  if (options.ambient != AmbientPolicy::kIgnore) {
+    segment->ambient_ = AmbientState::capture();
+  }
   if (options.preserve_rng_state) {
     segment->stash_ = RngSnapshot::capture_defaults(generators);
     segment->stash_.stamp();
   }
+  segment->reached_.note(reached);
   return segment;
 }
 
@@ -80,6 +84,7 @@ void Segment::drop() noexcept {
   replays_.clear();
   inputs_.clear();
   stash_.clear();
+  reached_ = ReachedState();
   ambient_ = AmbientState();
   program_.reset();
 }
@@ -93,6 +98,7 @@ void Segment::end_forward() {
       input.changed_inside = true;
     }
   }
+  reached_.settle();
   RngSnapshot needed;
   if (options_.preserve_rng_state) {
     needed = stash_.needed_by_a_replay(devices_);
@@ -215,7 +221,7 @@ size_t Segment::live_slots() const {
 
 size_t Segment::stashed_bytes(std::unordered_set<const void*>& seen) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return stash_.nbytes(seen);
+  return stash_.nbytes(seen) + reached_.nbytes();
 }
 
 // ---------------------------------------------------------------------------

@@ -44,6 +44,7 @@
 #include <vector>
 
 #include "ambient/ambient_state.h"
+#include "effects/reached_state.h"
 #include "host.h"
 #include "rng/rng_snapshot.h"
 #include "segment/recorder.h"
@@ -74,11 +75,22 @@ class Program {
   // "Block.forward" or the like, for messages and tables.
   virtual std::string name() const = 0;
 
+  // Where fn reaches a tensor that is no argument, for messages; "" if it does not.
+  virtual std::string where_reached(const c10::TensorImpl*) const { return {}; }
+
   // More about a failed replay, to be put below the message; "" if nothing.
   virtual std::string explain_mismatch() const { return {}; }
 };
 
+// What a replay does about the ambient state of the forward.
+enum class AmbientPolicy : uint8_t {
+  kRestore,  // puts it in force
+  kCheck,    // the same, but refuses to run if a setting was changed for good since
+  kIgnore,   // runs with what is there
+};
+
 struct SegmentOptions {
+  AmbientPolicy ambient = AmbientPolicy::kRestore;
   bool preserve_rng_state = true;
   bool early_stop = true;
   bool check_determinism = true;  // shapes, dtypes, devices
@@ -88,14 +100,16 @@ struct SegmentOptions {
 
 class Segment final : public c10::intrusive_ptr_target {
  public:
-  // `generators`: explicit ones that fn may draw from.
+  // `generators`: explicit ones that fn may draw from. `reached`: tensors that it
+  // reaches by itself.
   // Saves the inputs (through the hooks that are in force outside the segment,
   // so that the user's hooks and an enclosing segment see them) and notes the
   // ambient state and the generators. `depth`: segments around this one.
   static c10::intrusive_ptr<Segment> begin(std::unique_ptr<Program> program,
                                            const std::vector<at::Tensor>& inputs,
                                            SegmentOptions options, int depth,
-                                           RngSnapshot::Generators generators = {});
+                                           RngSnapshot::Generators generators = {},
+                                           const std::vector<Reached>& reached = {});
   ~Segment() override;
 
   // The forward is over and fn returned. Not called when fn raised. Throws
@@ -114,6 +128,7 @@ class Segment final : public c10::intrusive_ptr_target {
   Program& program() { return *program_; }
   RngSnapshot& stash() { return stash_; }
   const AmbientState& ambient() const { return ambient_; }
+  const ReachedState& reached() const { return reached_; }
   const SegmentOptions& options() const { return options_; }
   int depth() const { return depth_; }
   const std::shared_ptr<LedgerRow>& row() const { return row_; }
@@ -173,6 +188,9 @@ class Segment final : public c10::intrusive_ptr_target {
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.
   RngSnapshot stash_;
+
+  // Written at begin and end of the forward, read-only after.
+  ReachedState reached_;
 
   // The tensor arguments. Read-only after the forward: unpacking changes nothing.
   struct Input {

@@ -28,6 +28,7 @@ from .checkpoint import (  # noqa: E402
     check_backward_validity,
     checkpoint,
     detach_variable,
+    is_recomputing,
     noop_context_fn,
     set_checkpoint_early_stop,
 )
@@ -46,6 +47,7 @@ __version__ = _INFO.version
 __all__ = [  # noqa: RUF022, a line for each topic
     "checkpoint", "Checkpointer", "checkpoint_sequential", "CheckpointFunction", "GraphExecGroup",
     "CheckpointError", "set_checkpoint_debug_enabled", "set_checkpoint_early_stop",
+    "is_recomputing",
     "ledger",
     "rng", "get_device_states", "set_device_states", "DefaultDeviceType",
     "noop_context_fn", "check_backward_validity", "detach_variable",

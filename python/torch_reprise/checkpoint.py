@@ -37,6 +37,7 @@ __all__ = [
     "check_backward_validity",
     "checkpoint",
     "detach_variable",
+    "is_recomputing",
     "noop_context_fn",
     "set_checkpoint_early_stop",
 ]
@@ -47,11 +48,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 _early_stop: ContextVar[bool | None] = ContextVar("torch_reprise.early_stop", default=None)
 
 DETERMINISM_CHECKS = ("default", "none")
+AMBIENT_POLICIES = {"restore": 0, "check": _C.AMBIENT_CHECK, "ignore": _C.AMBIENT_IGNORE}
 
 
 def noop_context_fn() -> Contexts:
     """The default ``context_fn``: no context around the forward, none around the replay."""
     return nullcontext(), nullcontext()
+
+
+def is_recomputing() -> bool:
+    """Whether a checkpointed function is being run again, on this thread, for backward.
+
+    For what a function does besides computing, and that must happen once: metrics, logging,
+    attributes of Python objects. Random numbers, buffers and settings need no such care. Costs
+    tens of nanoseconds. torch has no such function.
+    """
+    return _C.is_recomputing()
 
 
 class set_checkpoint_early_stop:
@@ -125,10 +137,17 @@ def _validated(**options: Any) -> dict[str, Any]:
 
 
 def _flags(
-    early_stop: bool, preserve_rng_state: bool, determinism_check: str, check_rng: bool
+    early_stop: bool,
+    preserve_rng_state: bool,
+    determinism_check: str,
+    check_rng: bool = True,
+    ambient: str = "restore",
+    preserve_state: bool = True,
 ) -> int:
     setting = _early_stop.get()
-    flags = 0
+    flags = AMBIENT_POLICIES[ambient]
+    if preserve_state:
+        flags |= _C.PRESERVE_STATE
     if early_stop if setting is None else setting:
         flags |= _C.EARLY_STOP
     if preserve_rng_state:
@@ -178,10 +197,14 @@ def _run(
     generators: tuple[torch.Generator, ...] | None = None,
     preserve_host_rng: bool = False,
     check_rng: bool = True,
+    ambient: str = "restore",
+    preserve_state: bool = True,
 ) -> Any:
     """A call with any options; they are valid, ``function`` is not checked yet."""
     require_callable("function", function)
-    flags = _flags(early_stop, preserve_rng_state, determinism_check, check_rng)
+    flags = _flags(
+        early_stop, preserve_rng_state, determinism_check, check_rng, ambient, preserve_state
+    )
     if use_reentrant is not False:
         return _C.run_reentrant(function, args, kwargs, flags, generators)
     contexts: ContextFn | None = None
@@ -319,7 +342,9 @@ def checkpoint(
     return _run(function, args, kwargs, **options)
 
 
-_ALL_FLAGS: int = _C.PRESERVE_RNG_STATE | _C.EARLY_STOP | _C.CHECK_DETERMINISM | _C.CHECK_RNG
+_ALL_FLAGS: int = (
+    _C.PRESERVE_RNG_STATE | _C.EARLY_STOP | _C.CHECK_DETERMINISM | _C.CHECK_RNG | _C.PRESERVE_STATE
+)
 
 
 class _Checkpointed:
@@ -373,6 +398,20 @@ class Checkpointer:
             forward did is an error. Turn it off where other threads draw from the
             default generators while backward runs. determinism_check="none" turns
             it off as well.
+        ambient: what a replay does about what besides its arguments decides what the
+            function computes: autocast, modes, default dtype and device, context
+            variables, and torch's settings of SDPA, deterministic algorithms,
+            float32 precision, cuDNN, mkldnn and BLAS. ``"restore"`` puts the
+            forward's in force for as long as the replay runs. ``"check"`` does so
+            too, and raises if a setting that no context manager ends (default dtype
+            and device, torch's settings) is another one when the replay begins.
+            ``"ignore"`` replays with what is there.
+        preserve_state: give what the function changes by itself, the values that the
+            forward began with for the replay and those it has now after it: buffers
+            of its modules (so that a BatchNorm counts a batch once), small tensors
+            that it closes over. Modules are in training or evaluation as in the
+            forward. A parameter, or a tensor that the function closes over, that was
+            changed in place since the forward is an error that names it.
 
     Raises:
         TypeError, ValueError: as in :func:`checkpoint`.
@@ -391,10 +430,15 @@ class Checkpointer:
         generators: Iterable[torch.Generator] = (),
         preserve_host_rng: bool = False,
         check_rng: bool = True,
+        ambient: str = "restore",
+        preserve_state: bool = True,
     ) -> None:
         require_bool("use_reentrant", use_reentrant)
         require_bool("preserve_host_rng", preserve_host_rng)
         require_bool("check_rng", check_rng)
+        require_bool("preserve_state", preserve_state)
+        if ambient not in AMBIENT_POLICIES:
+            raise ValueError(f"ambient must be one of {tuple(AMBIENT_POLICIES)}, got {ambient!r}")
         generators = require_generators("generators", generators)
         if preserve_host_rng and use_reentrant:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
@@ -411,6 +455,8 @@ class Checkpointer:
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,
             "check_rng": check_rng,
+            "ambient": ambient,
+            "preserve_state": preserve_state,
         }
 
     def __call__(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
@@ -432,7 +478,7 @@ class CheckpointFunction:
     def apply(run_function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         require_callable("run_function", run_function)
         require_bool("preserve_rng_state", preserve_rng_state)
-        flags = _flags(True, preserve_rng_state, "default", True)
+        flags = _flags(True, preserve_rng_state, "default")
         return _C.run_reentrant(run_function, args, {}, flags, None)
 
 

@@ -49,6 +49,8 @@ class TestHost final : public reprise::Host {
   void release_acquired(int) noexcept override {}
   void* release_interpreter() noexcept override { return nullptr; }
   void reacquire_interpreter(void*) noexcept override {}
+  bool is_default_device_mode(const c10::SafePyObject&) noexcept override { return false; }
+  std::shared_ptr<c10::SafePyObject> cpu_device_mode() override { return nullptr; }
   bool reports_its_end(PyObject*) noexcept override { return true; }
   bool is_alone() noexcept override { return true; }
   bool stop_after_operator() noexcept override { return false; }

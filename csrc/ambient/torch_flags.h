@@ -1,0 +1,37 @@
+// The process-wide settings of torch that decide what an operator computes: SDPA
+// backends and their order, deterministic algorithms, float32 precision, cuDNN, mkldnn
+// and BLAS switches, the default dtype. One table (torch_flags.cpp) names each.
+//
+// They are noted as raw values, not through torch's getters: several getters resolve
+// what is inherited from a more general setting, or refuse to answer when the old and
+// the new way of setting TF32 were mixed, and what they say cannot be put back.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <memory>
+#include <string>
+
+namespace reprise {
+
+class TorchFlags {
+ public:
+  static TorchFlags current();
+  // The same, shared with the last caller if nothing was changed meanwhile: a segment
+  // keeps a pointer.
+  static std::shared_ptr<const TorchFlags> shared_current();
+
+  // Sets what differs from `now`, the current state.
+  void apply(const TorchFlags& now) const;
+  bool operator==(const TorchFlags&) const = default;
+
+  // "default dtype was float64 in the forward, is float32 now", a line per setting that
+  // differs; empty if none does.
+  std::string diff(const TorchFlags& now) const;
+
+ private:
+  static constexpr size_t kBytes = 128;
+  std::array<std::byte, kBytes> bytes_{};  // in the order of the table; the rest is 0
+};
+
+}  // namespace reprise

@@ -1,0 +1,415 @@
+#include "bindings/reach.h"
+
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+namespace reprise::bindings {
+namespace {
+
+Ref attribute_of_module(const char* module, const char* name) {
+  return checked(PyObject_GetAttrString(checked(PyImport_ImportModule(module)).get(), name));
+}
+
+PyTypeObject* partial_type() {
+  static PyObject* type = attribute_of_module("functools", "partial").release();
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+PyTypeObject* module_type() {
+  static PyObject* type = attribute_of_module("torch.nn.modules.module", "Module").release();
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+enum class Kind : uint8_t { kOther, kGenerator, kTensor, kModule };
+
+// Looking through the bases of every attribute's type would be most of the cost of a
+// search, so what was found is kept by type and version, which CPython changes with the
+// type's bases and does not use twice. Guarded by the interpreter lock.
+Kind kind_of(PyTypeObject* type) noexcept {
+  struct Line {
+    PyTypeObject* type = nullptr;
+    unsigned int version = 0;
+    Kind kind = Kind::kOther;
+  };
+  static std::array<Line, 512> lines;
+  const auto find_out = [type] {
+    if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPGeneratorClass)) != 0) {
+      return Kind::kGenerator;
+    }
+    if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) {
+      return Kind::kTensor;
+    }
+    return PyType_IsSubtype(type, module_type()) != 0 ? Kind::kModule : Kind::kOther;
+  };
+  const unsigned int version = type->tp_version_tag;
+  if (version == 0) {
+    return find_out();
+  }
+  Line& line = lines[(reinterpret_cast<uintptr_t>(type) >> 4) % lines.size()];
+  if (line.type != type || line.version != version) {
+    line = {type, version, find_out()};
+  }
+  return line.kind;
+}
+
+Kind kind_of(PyObject* object) noexcept { return kind_of(Py_TYPE(object)); }
+
+// Names that attributes are compared with: interned, as names in code are.
+struct Names {
+  static const Names& get() {
+    static const auto* names = new Names;
+    return *names;
+  }
+  PyObject* self = PyUnicode_InternFromString("self");
+  PyObject* training = PyUnicode_InternFromString("training");
+  PyObject* modules = PyUnicode_InternFromString("_modules");
+  PyObject* parameters = PyUnicode_InternFromString("_parameters");
+  PyObject* buffers = PyUnicode_InternFromString("_buffers");
+  PyObject* running_mean = PyUnicode_InternFromString("running_mean");
+  PyObject* running_var = PyUnicode_InternFromString("running_var");
+};
+
+// The names of attributes that a function's code asks for; null: all of them.
+using NamesInCode = PyObject*;  // a tuple of str, borrowed
+
+bool names_it(NamesInCode names, PyObject* name) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
+    if (PyTuple_GET_ITEM(names, i) == name) {
+      return true;
+    }
+  }
+  return false;
+}
+
+class Search {
+ public:
+  // `sought`: the tensor to be named, or null.
+  Search(Reach& reach, const c10::TensorImpl* sought) : reach_(reach), sought_(sought) {}
+
+  const std::string& found() const { return found_; }
+
+  void callable(PyObject* object) {
+    if (PyFunction_Check(object)) {
+      function(object);
+    } else if (PyMethod_Check(object)) {
+      PyObject* function = PyMethod_GET_FUNCTION(object);
+      PyObject* self = PyMethod_GET_SELF(object);
+      callable(function);
+      const bool whole =
+          !PyFunction_Check(function) || is_forward(function) || kind_of(self) != Kind::kModule;
+      if (whole) {
+        object_with_attributes(self, /*certain=*/true);
+      } else {
+        named_attributes(self, names_in(function));
+      }
+    } else if (PyObject_TypeCheck(object, partial_type())) {
+      Ref inner = Ref::steal(PyObject_GetAttrString(object, "func"));
+      Ref args = Ref::steal(PyObject_GetAttrString(object, "args"));
+      Ref keywords = Ref::steal(PyObject_GetAttrString(object, "keywords"));
+      if (inner && args && keywords && is_new(object)) {
+        callable(inner.get());
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args.get()); ++i) {
+          value(PyTuple_GET_ITEM(args.get(), i), nullptr, true);
+        }
+        PyObject *key = nullptr, *entry = nullptr;
+        for (Py_ssize_t position = 0; PyDict_Next(keywords.get(), &position, &key, &entry) != 0;) {
+          value(entry, key, true);
+        }
+      }
+    } else if (!PyCFunction_Check(object)) {
+      object_with_attributes(object, /*certain=*/true);
+      auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+      for (const char* name : {"forward", "__call__"}) {
+        Ref method = Ref::steal(PyObject_GetAttrString(type, name));
+        if (method && PyFunction_Check(method.get())) {
+          function(method.get());
+          break;  // a module's __call__ is torch's own
+        }
+        PyErr_Clear();
+      }
+    }
+    PyErr_Clear();
+  }
+
+ private:
+  static NamesInCode names_in(PyObject* function) {
+    return reinterpret_cast<PyCodeObject*>(PyFunction_GET_CODE(function))->co_names;
+  }
+
+  static bool is_forward(PyObject* function) {
+    PyObject* name = reinterpret_cast<PyFunctionObject*>(function)->func_name;
+    return PyUnicode_CompareWithASCIIString(name, "forward") == 0 ||
+           PyUnicode_CompareWithASCIIString(name, "__call__") == 0;
+  }
+
+  // `certain`: fn uses it, so that a change of it before the replay is an error. Of a
+  // container fn may use one element of many.
+  void value(PyObject* object, PyObject* name, bool certain) {
+    if (PyList_CheckExact(object) || PyTuple_CheckExact(object)) {
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+        item(PySequence_Fast_GET_ITEM(object, i), name, false);
+      }
+    } else if (PyDict_CheckExact(object)) {
+      PyObject *key = nullptr, *entry = nullptr;
+      for (Py_ssize_t position = 0; PyDict_Next(object, &position, &key, &entry) != 0;) {
+        item(entry, name, false);
+      }
+    } else {
+      item(object, name, certain);
+    }
+  }
+
+  void item(PyObject* object, PyObject* name, bool certain) {
+    switch (kind_of(object)) {
+      case Kind::kOther:
+        return;
+      case Kind::kGenerator:
+        reach_.generators.push_back(*as_generator(object));
+        return;
+      case Kind::kTensor:
+        tensor(object, name, nullptr, true, certain, false);
+        return;
+      case Kind::kModule:
+        module(object, certain && has_forward_of_its_own(object));
+        return;
+    }
+  }
+
+  // ModuleList and ModuleDict are containers too.
+  static bool has_forward_of_its_own(PyObject* module) {
+    return std::strcmp(Py_TYPE(module)->tp_name, "ModuleList") != 0 &&
+           std::strcmp(Py_TYPE(module)->tp_name, "ModuleDict") != 0;
+  }
+
+  void tensor(PyObject* object, PyObject* name, PyObject* owner, bool training, bool certain,
+              bool is_buffer) {
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    if (sought_ != nullptr && tensor.unsafeGetTensorImpl() == sought_ && found_.empty()) {
+      describe(name, owner);
+    }
+    if (tensor.requires_grad()) {
+      if (certain) {
+        reach_.tensors.push_back({&tensor, Reached::Role::kFixed, true, true, false});
+      }
+      return;
+    }
+    const Names& names = Names::get();
+    const bool running = is_buffer && (name == names.running_mean || name == names.running_var);
+    reach_.tensors.push_back({&tensor, running ? Reached::Role::kRunning : Reached::Role::kState,
+                              certain, training, is_buffer});
+  }
+
+  void describe(PyObject* name, PyObject* owner) {
+    const char* text = name != nullptr ? PyUnicode_AsUTF8(name) : nullptr;
+    if (text == nullptr) {
+      PyErr_Clear();
+    }
+    found_ = text != nullptr ? std::string("'") + text + "'" : "a tensor";
+    if (owner != nullptr) {
+      found_ += std::string(" of a ") + Py_TYPE(owner)->tp_name;
+    } else {
+      found_ += ", which the function reaches by its name";
+    }
+  }
+
+  void function(PyObject* object) {
+    PyObject* closure = PyFunction_GET_CLOSURE(object);
+    auto* code = reinterpret_cast<PyCodeObject*>(PyFunction_GET_CODE(object));
+    if (closure != nullptr) {
+      Ref free_names;  // CPython makes a new tuple each time it is asked
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
+        PyObject* content = PyCell_GET(PyTuple_GET_ITEM(closure, i));
+        if (content == nullptr) {
+          continue;
+        }
+        PyObject* name = nullptr;
+        if (kind_of(content) == Kind::kModule || sought_ != nullptr) {
+          if (!free_names) {
+            free_names = Ref::steal(
+                PyObject_GetAttrString(reinterpret_cast<PyObject*>(code), "co_freevars"));
+          }
+          name = free_names ? PyTuple_GET_ITEM(free_names.get(), i) : nullptr;
+        }
+        if (kind_of(content) == Kind::kModule && name == Names::get().self) {
+          named_attributes(content, code->co_names);
+          continue;
+        }
+        value(content, name, true);
+        if (kind_of(content) == Kind::kOther && is_object_with_attributes(content)) {
+          object_with_attributes(content, false);
+        } else if (PyFunction_Check(content) && is_new(content)) {
+          function(content);
+        }
+      }
+    }
+    for (PyObject* defaults :
+         {PyFunction_GET_DEFAULTS(object), PyFunction_GET_KW_DEFAULTS(object)}) {
+      if (defaults != nullptr) {
+        value(defaults, nullptr, false);
+      }
+    }
+    PyObject* globals = PyFunction_GET_GLOBALS(object);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); ++i) {
+      PyObject* name = PyTuple_GET_ITEM(code->co_names, i);
+      if (PyObject* global = PyDict_GetItem(globals, name)) {
+        value(global, name, true);
+      }
+    }
+  }
+
+  static bool is_object_with_attributes(PyObject* object) {
+    return !PyType_Check(object) && !PyFunction_Check(object) && !PyModule_Check(object);
+  }
+
+  // True the first time an object is met.
+  bool is_new(PyObject* object) {
+    if (std::find(seen_.begin(), seen_.end(), object) != seen_.end()) {
+      return false;
+    }
+    seen_.push_back(object);
+    return true;
+  }
+
+  // The dict of an object; null if it has none.
+  static Ref dict_of(PyObject* object) {
+    PyObject** dict = _PyObject_GetDictPtr(object);
+    if (dict != nullptr && *dict != nullptr) {
+      return Ref::borrow(*dict);
+    }
+    // Since 3.11 a dict may not exist before it is asked for.
+    if (dict == nullptr && Py_TYPE(object)->tp_dictoffset == 0) {
+      return Ref();
+    }
+    Ref made = Ref::steal(PyObject_GenericGetDict(object, nullptr));
+    if (!made || !PyDict_Check(made.get())) {
+      PyErr_Clear();
+      return Ref();
+    }
+    return made;
+  }
+
+  void object_with_attributes(PyObject* object, bool certain) {
+    if (kind_of(object) == Kind::kModule) {
+      module(object, certain);
+      return;
+    }
+    const Ref dict = dict_of(object);
+    if (!dict || !is_new(object)) {
+      return;
+    }
+    PyObject *key = nullptr, *entry = nullptr;
+    for (Py_ssize_t position = 0; PyDict_Next(dict.get(), &position, &key, &entry) != 0;) {
+      value(entry, key, certain);
+    }
+  }
+
+  // The attributes of a module, and its submodules.
+  void module(PyObject* object, bool certain) {
+    const Ref dict = dict_of(object);
+    if (!dict || !is_new(object)) {
+      return;
+    }
+    const Names& names = Names::get();
+    PyObject* mode = PyDict_GetItem(dict.get(), names.training);
+    const bool training = mode != Py_False;
+    if (mode != nullptr) {
+      reach_.modules.push_back({Ref::borrow(object), training});
+    }
+    PyObject *key = nullptr, *entry = nullptr;
+    for (Py_ssize_t position = 0; PyDict_Next(dict.get(), &position, &key, &entry) != 0;) {
+      if (!PyDict_CheckExact(entry)) {
+        value(entry, key, certain);
+      } else if (key == names.parameters || key == names.buffers) {
+        tensors_of(entry, object, training, certain, key == names.buffers, nullptr);
+      } else if (key == names.modules) {
+        PyObject *name = nullptr, *submodule = nullptr;
+        for (Py_ssize_t i = 0; PyDict_Next(entry, &i, &name, &submodule) != 0;) {
+          if (submodule != Py_None) {
+            object_with_attributes(submodule, certain);
+          }
+        }
+      } else if (PyDict_GET_SIZE(entry) > 0) {  // a module has some ten of them, for hooks
+        value(entry, key, certain);
+      }
+    }
+  }
+
+  void tensors_of(PyObject* dict, PyObject* owner, bool training, bool certain, bool are_buffers,
+                  NamesInCode only) {
+    PyObject *name = nullptr, *entry = nullptr;
+    for (Py_ssize_t i = 0; PyDict_Next(dict, &i, &name, &entry) != 0;) {
+      if (kind_of(entry) == Kind::kTensor && (only == nullptr || names_it(only, name))) {
+        tensor(entry, name, owner, training, certain, are_buffers);
+      }
+    }
+  }
+
+  // The attributes of a module that a function's code names; all of them if it names a
+  // method, which may use any.
+  void named_attributes(PyObject* object, NamesInCode names_in_code) {
+    const Ref dict = dict_of(object);
+    if (!dict) {
+      return;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_in_code); ++i) {
+      PyObject* in_type = _PyType_Lookup(Py_TYPE(object), PyTuple_GET_ITEM(names_in_code, i));
+      if (in_type != nullptr) {
+        module(object, false);
+        return;
+      }
+    }
+    const Names& names = Names::get();
+    PyObject* mode = PyDict_GetItem(dict.get(), names.training);
+    const bool training = mode != Py_False;
+    if (mode != nullptr && is_new(object)) {
+      reach_.modules.push_back({Ref::borrow(object), training});
+    }
+    for (PyObject* group : {names.parameters, names.buffers}) {
+      PyObject* tensors = PyDict_GetItem(dict.get(), group);
+      if (tensors != nullptr && PyDict_CheckExact(tensors)) {
+        tensors_of(tensors, object, training, true, group == names.buffers, names_in_code);
+      }
+    }
+    PyObject* submodules = PyDict_GetItem(dict.get(), names.modules);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_in_code); ++i) {
+      PyObject* name = PyTuple_GET_ITEM(names_in_code, i);
+      PyObject* entry = PyDict_GetItem(dict.get(), name);
+      if (entry == nullptr && submodules != nullptr && PyDict_CheckExact(submodules)) {
+        entry = PyDict_GetItem(submodules, name);
+      }
+      if (entry != nullptr) {
+        value(entry, name, true);
+      }
+    }
+  }
+
+  Reach& reach_;
+  const c10::TensorImpl* sought_;
+  std::string found_;
+  c10::SmallVector<PyObject*, 32> seen_;  // a block has tens of modules, not thousands
+};
+
+}  // namespace
+
+const at::Generator* as_generator(PyObject* object) noexcept {
+  return kind_of(object) == Kind::kGenerator ? &reinterpret_cast<THPGenerator*>(object)->cdata
+                                             : nullptr;
+}
+
+void look_around(PyObject* callable, Reach& reach) { Search(reach, nullptr).callable(callable); }
+
+std::string where_reached(PyObject* callable, const c10::TensorImpl* tensor) {
+  Reach reach;
+  Search search(reach, tensor);
+  search.callable(callable);
+  return search.found();
+}
+
+}  // namespace reprise::bindings

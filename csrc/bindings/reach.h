@@ -1,0 +1,47 @@
+// What a Python callable reaches without being given it: generators, modules and their
+// buffers and parameters, other tensors.
+//
+// Looked at: the function's closure, defaults and the globals that its code names; the
+// attributes of the module or object that it belongs to, of modules in any of these
+// places, and of their submodules; functools.partial and bound methods are seen through.
+// Containers (list, tuple, dict) are looked into one level deep. What only functions
+// called by it can reach is not found.
+//
+// Of a closed-over `self`, or a method other than forward, only the attributes that the
+// code names are looked at, where it names nothing else: a method of a large model that
+// runs one of its layers must not be charged for all of them.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/python_object.h"
+#include "effects/reached_state.h"
+
+namespace reprise::bindings {
+
+struct Reach {
+  struct Module {
+    Ref module;
+    bool training;
+  };
+  std::vector<at::Generator> generators;
+  std::vector<Module> modules;
+  std::vector<Reached> tensors;  // valid while the interpreter lock is held
+};
+
+// The generator in a torch.Generator, or null for any other object. Borrowed.
+const at::Generator* as_generator(PyObject* object) noexcept;
+
+// Adds to `reach` what `callable` reaches. An attribute that cannot be read counts as
+// absent. With the interpreter lock.
+void look_around(PyObject* callable, Reach& reach);
+
+// Where `callable` reaches this tensor: "running_mean of BatchNorm1d", "the closed-over
+// counter"; empty if it does not. For error messages.
+std::string where_reached(PyObject* callable, const c10::TensorImpl* tensor);
+
+}  // namespace reprise::bindings

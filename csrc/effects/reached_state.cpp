@@ -1,0 +1,219 @@
+#include "effects/reached_state.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
+
+#include "torch_compat.h"
+
+namespace reprise {
+
+namespace {
+
+// What is known of storages that are copied only if they were changed before.
+class KnownStorages {
+ public:
+  static KnownStorages& get() {
+    static auto* known = new KnownStorages;
+    return *known;
+  }
+
+  // Must the storage be copied? True the first time.
+  bool may_change(const c10::intrusive_ptr<c10::StorageImpl>& storage, bool training) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto [it, fresh] = known_.try_emplace(storage.get(), storage);
+    if (!fresh && it->second.weak.lock().get() != storage.get()) {
+      it->second = Entry(storage);  // another one in the same place
+    }
+    const bool met = training ? it->second.met_in_training : it->second.met_in_evaluation;
+    (training ? it->second.met_in_training : it->second.met_in_evaluation) = true;
+    if (fresh && known_.size() > next_tidying_) {
+      tidy();
+    }
+    return !met || it->second.changes;
+  }
+
+  void set_changes(const c10::StorageImpl* storage) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (auto it = known_.find(storage); it != known_.end()) {
+      it->second.changes = true;
+    }
+  }
+
+ private:
+  struct Entry {
+    explicit Entry(const c10::intrusive_ptr<c10::StorageImpl>& storage) : weak(storage) {}
+    c10::weak_intrusive_ptr<c10::StorageImpl> weak;
+    bool met_in_training = false;
+    bool met_in_evaluation = false;
+    bool changes = false;
+  };
+
+  // Forgets storages that are gone.
+  void tidy() {
+    for (auto it = known_.begin(); it != known_.end();) {
+      it = it->second.weak.expired() ? known_.erase(it) : std::next(it);
+    }
+    next_tidying_ = 2 * known_.size() + 1024;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<const c10::StorageImpl*, Entry> known_;
+  size_t next_tidying_ = 1024;
+};
+
+// A storage of its own with the same bytes.
+c10::Storage copy_of(const c10::Storage& storage) {
+  if (storage.device_type() == c10::kCPU) {
+    c10::Storage copy(c10::Storage::use_byte_size_t(), storage.nbytes(),
+                      c10::GetAllocator(c10::kCPU), /*resizable=*/true);
+    if (storage.nbytes() > 0) {
+      std::memcpy(copy.mutable_data(), storage.data(), storage.nbytes());
+    }
+    return copy;
+  }
+  // The device's own copy, seen by nobody: no graph, no mode, no autocast.
+  const at::AutoDispatchBelowAutograd no_graph;
+  const c10::impl::ExcludeDispatchKeyGuard unseen(
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}) |
+      c10::autocast_dispatch_keyset);
+  const auto bytes = at::empty({0}, at::TensorOptions(at::kByte).device(storage.device()))
+                         .set_(storage, 0, {static_cast<int64_t>(storage.nbytes())}, {1});
+  return bytes.clone().storage();
+}
+
+bool same_bytes(const c10::Storage& a, const c10::StorageImpl& b) {
+  return a.nbytes() == b.nbytes() &&
+         (a.nbytes() == 0 || std::memcmp(a.data(), b.data(), a.nbytes()) == 0);
+}
+
+}  // namespace
+
+void ReachedState::note(const std::vector<Reached>& reached) {
+  noted_.reserve(reached.size());
+  for (const auto& [tensor_pointer, role, checked, training, may_be_large] : reached) {
+    const at::Tensor& tensor = *tensor_pointer;
+    if (!tensor.defined() || tensor.is_inference()) {
+      continue;
+    }
+    Noted& noted = noted_.emplace_back(Noted{
+        tensor.unsafeGetTensorImpl(), torch::autograd::impl::version_counter(tensor), 0, checked});
+    noted.saved_version = noted.version.current_version();
+    if (role == Reached::Role::kFixed || !compat::is_plain(tensor) ||
+        tensor.device().type() == c10::kMeta) {
+      continue;
+    }
+    const c10::Storage& storage = tensor.storage();
+    c10::StorageImpl* impl = storage.unsafeGetStorageImpl();
+    for (size_t i = 0; i < storages_.size() && noted.storage < 0; ++i) {
+      if (storages_[i].storage._unsafe_get_target() == impl) {
+        noted.storage = static_cast<int32_t>(i);
+      }
+    }
+    if (noted.storage >= 0) {
+      continue;
+    }
+    noted.storage = static_cast<int32_t>(storages_.size());
+    const bool running = role == Reached::Role::kRunning && training;
+    const auto held = c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(impl);
+    const bool is_small = impl->nbytes() <= kSmall;
+    bool copy = running;
+    if (!copy && is_small && impl->device_type() == c10::kCPU) {
+      copy = true;
+    } else if (!copy && (is_small || may_be_large)) {
+      copy = KnownStorages::get().may_change(held, training);
+    }
+    storages_.emplace_back(Kept{c10::weak_intrusive_ptr<c10::StorageImpl>(held),
+                                copy ? copy_of(storage) : c10::Storage(), training, running});
+  }
+}
+
+void ReachedState::settle() {
+  for (auto& noted : noted_) {
+    const auto now = noted.version.current_version();
+    if (noted.storage >= 0 && now != noted.saved_version) {
+      storages_[static_cast<size_t>(noted.storage)].changed = true;
+    }
+    if (noted.storage >= 0) {
+      noted.saved_version = now;
+    }
+  }
+  for (auto& kept : storages_) {
+    if (kept.running) {
+      kept.changed = true;
+    }
+    const bool on_cpu = kept.begin && kept.begin.device_type() == c10::kCPU;
+    if (!kept.changed && on_cpu && kept.begin.nbytes() <= kSmall) {
+      const auto storage = kept.storage.lock();
+      kept.changed = storage && !same_bytes(kept.begin, *storage);
+    }
+    if (!kept.changed) {
+      kept.begin = c10::Storage();
+      continue;
+    }
+    KnownStorages::get().set_changes(kept.storage._unsafe_get_target());
+    kept.lost = !kept.begin;
+    changes_ = true;
+  }
+}
+
+ReachedState::Problem ReachedState::first_problem(size_t* from) const {
+  while (*from < noted_.size()) {
+    const Noted& noted = noted_[(*from)++];
+    if (noted.storage >= 0 && storages_[static_cast<size_t>(noted.storage)].changed) {
+      if (storages_[static_cast<size_t>(noted.storage)].lost) {
+        return {noted.tensor, true, 0, 0};
+      }
+      continue;  // whatever happens to it later, a replay has what it needs
+    }
+    const auto now = noted.version.current_version();
+    if (noted.checked && now != noted.saved_version) {
+      return {noted.tensor, false, noted.saved_version, now};
+    }
+  }
+  return {};
+}
+
+size_t ReachedState::nbytes() const {
+  size_t bytes = 0;
+  for (const auto& kept : storages_) {
+    bytes += kept.begin ? kept.begin.nbytes() : 0;
+  }
+  return bytes;
+}
+
+StateScope::StateScope(const ReachedState& state) {
+  if (!state.changes_anything()) {
+    return;
+  }
+  for (const auto& kept : state.storages_) {
+    auto storage =
+        kept.changed && kept.begin ? kept.storage.lock() : c10::intrusive_ptr<c10::StorageImpl>();
+    if (storage && storage->nbytes() == kept.begin.nbytes()) {
+      c10::Storage other = copy_of(kept.begin);
+      storage->swap_data_ptr(*other.unsafeGetStorageImpl());
+      swapped_.push_back({std::move(storage), std::move(other)});
+    }
+  }
+  for (const auto& noted : state.noted_) {
+    if (noted.storage >= 0 && state.storages_[static_cast<size_t>(noted.storage)].changed) {
+      versions_.push_back({noted.version, noted.version.current_version()});
+    }
+  }
+}
+
+StateScope::~StateScope() {
+  for (auto& [storage, other] : swapped_) {
+    storage->swap_data_ptr(*other.unsafeGetStorageImpl());
+  }
+  for (auto& [version, value] : versions_) {
+    version.set_version(value);
+  }
+}
+
+}  // namespace reprise

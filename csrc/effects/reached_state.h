@@ -1,0 +1,123 @@
+// Tensors that fn reaches without being given them: the buffers and parameters of
+// modules, tensors in a closure, in attributes, in globals.
+//
+//   begin      the version of each is noted, and what fn may change is copied
+//   end        copies of what was not changed are dropped
+//   replay     what was changed holds, for as long as fn runs again, the values that the
+//              forward began with; after it, it holds again what it held before, and its
+//              version counter stands where it stood. So a BatchNorm's statistics are
+//              counted once, and a replay does not see later values.
+//
+// Note [What fn may change]
+//
+// A version counter tells of most changes, but not of all: batch_norm updates its
+// running statistics without a word. So storages of the CPU up to kSmall bytes are
+// copied at every begin and compared at the end, which takes less than a microsecond.
+// Comparing on a device would wait for it, and copies of large storages (masks,
+// codebooks) cost too much; those are copied the first time they are met in training
+// and the first time in evaluation, and after that only if they were changed then.
+// Where one is changed later for the first time, what it was is lost; a replay then
+// refuses to run and names it. Running statistics on a device are always copied, in
+// training.
+//
+// Note [Swapping]
+//
+// The memory of the storage is exchanged, not the tensor in its module: every view and
+// alias sees the old values, nobody's object changes its identity, and nothing is
+// written to memory that somebody else (another node of the graph) has saved. While a
+// replay runs, other threads that use the same buffers see the old values too.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/SmallVector.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace reprise {
+
+// One tensor that fn reaches.
+struct Reached {
+  const at::Tensor* tensor;  // valid while the search's interpreter lock is held
+  enum class Role : uint8_t {
+    kFixed,    // fn does not change it (a parameter): never copied
+    kState,    // fn may change it
+    kRunning,  // running statistics: changed in training, without a word
+  } role;
+  bool checked;       // fn uses it for certain: it must not be changed before the replay
+  bool training;      // of the module that it belongs to; true where there is none
+  bool may_be_large;  // copied also when large: a buffer of a module
+};
+
+class ReachedState {
+ public:
+  static constexpr size_t kSmall = 64 * 1024;
+
+  // Before the forward.
+  void note(const std::vector<Reached>& reached);
+  // After the forward.
+  void settle();
+
+  // The tensor that was changed in place since the forward, or whose values at its
+  // beginning are lost; null if there is none. Only to be compared: it may be gone.
+  struct Problem {
+    const c10::TensorImpl* tensor = nullptr;
+    bool lost = false;
+    uint32_t then = 0;
+    uint32_t now = 0;
+  };
+  // Those that `from` and later; to look at all of them one after the other.
+  Problem first_problem(size_t* from) const;
+
+  bool changes_anything() const { return changes_; }
+  // Bytes of the copies.
+  size_t nbytes() const;
+
+ private:
+  friend class StateScope;
+  struct Noted {
+    const c10::TensorImpl* tensor;  // which one; not to be read through
+    c10::VariableVersion version;   // shared with it
+    uint32_t saved_version;
+    bool checked;
+    int32_t storage = -1;  // into storages_; -1: only its version is noted
+  };
+  struct Kept {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+    c10::Storage begin;  // a copy; empty: none was taken, or it is not needed
+    bool training;
+    bool running;
+    bool changed = false;
+    bool lost = false;
+  };
+  c10::SmallVector<Noted, 0> noted_;
+  c10::SmallVector<Kept, 0> storages_;
+  bool changes_ = false;
+};
+
+// Gives what a forward changed the values that it began with, for a scope.
+class StateScope {
+ public:
+  explicit StateScope(const ReachedState& state);
+  ~StateScope();
+  StateScope(const StateScope&) = delete;
+  StateScope& operator=(const StateScope&) = delete;
+
+ private:
+  struct Swapped {
+    c10::intrusive_ptr<c10::StorageImpl> storage;
+    c10::Storage other;
+  };
+  struct Version {
+    c10::VariableVersion version;
+    uint32_t value;
+  };
+  std::vector<Swapped> swapped_;
+  std::vector<Version> versions_;
+};
+
+}  // namespace reprise

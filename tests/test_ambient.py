@@ -1,0 +1,343 @@
+"""What besides its arguments decides what a function computes, set in the forward only."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import Program, Run, assert_exact, both_forms, grads, leaf, message_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_reprise import Checkpointer, CheckpointError, checkpoint, ledger
+
+
+@contextmanager
+def setting(read: Callable[[], Any], write: Callable[[Any], object], value: Any) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def cudnn_flag(name: str, value: Any) -> Any:
+    return setting(
+        lambda: getattr(torch.backends.cudnn, name),
+        lambda new: setattr(torch.backends.cudnn, name, new),
+        value,
+    )
+
+
+def deterministic(mode: str) -> Any:
+    return setting(
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+        mode,
+    )
+
+
+def precision_of(backend: Any, value: str) -> Any:
+    return setting(
+        lambda: backend.fp32_precision, lambda new: setattr(backend, "fp32_precision", new), value
+    )
+
+
+# What is set, and how a function sees it.
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "default dtype": (
+        lambda: setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+        torch.get_default_dtype,
+    ),
+    "matmul precision": (
+        lambda: setting(
+            torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+        ),
+        torch.get_float32_matmul_precision,
+    ),
+    "mkldnn matmul precision": (
+        lambda: precision_of(torch.backends.mkldnn.matmul, "bf16"),
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+    ),
+    "cudnn conv precision": (
+        lambda: precision_of(torch.backends.cudnn.conv, "ieee"),
+        lambda: torch.backends.cudnn.conv.fp32_precision,
+    ),
+    "deterministic": (lambda: deterministic("error"), torch.get_deterministic_debug_mode),
+    "deterministic, warn only": (lambda: deterministic("warn"), torch.get_deterministic_debug_mode),
+    "fill": (
+        lambda: setting(
+            lambda: torch.utils.deterministic.fill_uninitialized_memory,
+            lambda new: setattr(torch.utils.deterministic, "fill_uninitialized_memory", new),
+            False,
+        ),
+        lambda: torch.utils.deterministic.fill_uninitialized_memory,
+    ),
+    "cudnn": (lambda: cudnn_flag("enabled", False), lambda: torch.backends.cudnn.enabled),
+    "cudnn benchmark": (
+        lambda: cudnn_flag("benchmark", True),
+        lambda: torch.backends.cudnn.benchmark,
+    ),
+    "cudnn deterministic": (
+        lambda: cudnn_flag("deterministic", True),
+        lambda: torch.backends.cudnn.deterministic,
+    ),
+    "mkldnn": (
+        lambda: setting(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
+        torch._C._get_mkldnn_enabled,
+    ),
+    "nnpack": (
+        lambda: torch.backends.nnpack.flags(enabled=False),
+        torch._C._get_nnpack_enabled,
+    ),
+    "sdpa": (lambda: sdpa_kernel(SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
+    "sdpa order": (
+        lambda: sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True),
+        torch._C._get_sdp_priority_order,
+    ),
+    "fp16 reduction": (
+        lambda: setting(
+            lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+            lambda new: setattr(
+                torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", new
+            ),
+            False,
+        ),
+        lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+    ),
+    "default device": (lambda: torch.device("meta"), lambda: torch.empty(0).device),
+}
+
+
+@both_forms
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_the_forward_is_in_force_in_the_replay(name: str, use_reentrant: bool) -> None:
+    enter, read = SETTINGS[name]
+    seen: list[Any] = []
+    outside = read()
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(read())
+        return torch.tanh(x)
+
+    x = leaf(3)
+    with enter():
+        inside = read()
+        out = checkpoint(function, x, use_reentrant=use_reentrant)
+    assert inside != outside, "the test does not change anything"
+    out.sum().backward()
+    assert seen == [inside, inside]
+    assert read() == outside
+
+
+@both_forms
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_backward_is_not_in_force_in_the_replay(
+    name: str, use_reentrant: bool
+) -> None:
+    enter, read = SETTINGS[name]
+    seen: list[Any] = []
+    outside = read()
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(read())
+        return torch.tanh(x)
+
+    x = leaf(3)
+    out = checkpoint(function, x, use_reentrant=use_reentrant).sum()
+    with enter():
+        out.backward(torch.ones((), device="cpu"))
+        assert read() != outside, "the setting of backward is back after the replay"
+    assert seen == [outside, outside]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_put_back_after_a_replay_that_raises(name: str) -> None:
+    enter, read = SETTINGS[name]
+    outside = read()
+    calls = 0
+
+    def function(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyError("in the replay")
+        return torch.tanh(x)
+
+    with enter():
+        out = checkpoint(function, leaf(3), use_reentrant=False)
+    with pytest.raises(KeyError):
+        out.sum().backward()
+    assert read() == outside
+
+
+@both_forms
+def test_attention_under_a_backend_that_only_the_forward_names(use_reentrant: bool) -> None:
+    def program(run: Run) -> Any:
+        q = leaf(2, 3, 8, 4)
+        with sdpa_kernel(SDPBackend.MATH):
+            out = run(lambda q: scaled_dot_product_attention(q, q, q, is_causal=True), q)
+        out.square().sum().backward()
+        return out, grads([q])
+
+    assert_exact(program, use_reentrant=use_reentrant)
+
+
+def default_dtype_program(run: Run) -> Any:
+    x = leaf(4, dtype=torch.float64)
+    with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+        out = run(lambda x: torch.tanh(x) * torch.linspace(0, 1, 4), x)
+    out.sum().backward()
+    return out, grads([x])
+
+
+VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=1.0)
+
+
+def context_variable_program(run: Run) -> Any:
+    x = leaf(4)
+    token = VARIABLE.set(3.0)
+    out = run(lambda x: torch.tanh(x * VARIABLE.get()), x)
+    VARIABLE.reset(token)
+    out.sum().backward()
+    return out, grads([x]), VARIABLE.get()
+
+
+def changed_context_variable_program(run: Run) -> Any:
+    def function(x: Tensor) -> Tensor:
+        VARIABLE.set(VARIABLE.get() + 1)
+        return torch.tanh(x * VARIABLE.get())
+
+    def all_of_it() -> Any:
+        x = leaf(4)
+        out = run(function, x)
+        after = VARIABLE.get()
+        out.sum().backward()
+        return out, grads([x]), after, VARIABLE.get()
+
+    return contextvars.copy_context().run(all_of_it)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.tanh else result
+
+
+class Halved(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result / 2 if func is torch.ops.aten.tanh.default else result
+
+
+def function_mode_program(run: Run) -> Any:
+    x = leaf(4)
+    with Doubled():
+        out = run(lambda x: torch.tanh(x).square(), x)
+    out.sum().backward()
+    return out, grads([x])
+
+
+def dispatch_mode_program(run: Run) -> Any:
+    x = leaf(4)
+    with Halved():
+        out = run(lambda x: torch.tanh(x).square(), x)
+    out.sum().backward()
+    return out, grads([x])
+
+
+@both_forms
+@pytest.mark.parametrize(
+    "program",
+    [
+        default_dtype_program,
+        context_variable_program,
+        changed_context_variable_program,
+        function_mode_program,
+        dispatch_mode_program,
+    ],
+)
+def test_programs_are_exact(program: Program, use_reentrant: bool) -> None:
+    assert_exact(program, use_reentrant=use_reentrant)
+
+
+def test_segments_in_a_replay_note_what_the_replay_runs_under() -> None:
+    def program(run: Run) -> Any:
+        x = leaf(4)
+
+        def inner(x: Tensor) -> Tensor:
+            return torch.tanh(x * torch.ones(4, dtype=torch.get_default_dtype()).sum())
+
+        with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+            out = run(lambda x: run(inner, x).square(), x)
+        out.sum().backward()
+        return out, grads([x])
+
+    assert_exact(program)
+
+
+def test_check_names_what_was_changed_for_good() -> None:
+    x = leaf(3)
+    with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+        out = Checkpointer(ambient="check")(torch.tanh, x)
+    state = torch.get_rng_state()
+    text = message_of(CheckpointError, lambda: out.sum().backward())
+    assert "default dtype was float64 in the forward, is float32 now" in text
+    assert torch.equal(torch.get_rng_state(), state)
+    with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+        out.sum().backward()
+    assert x.grad is not None
+
+
+def test_check_names_a_default_device_and_a_backend() -> None:
+    with torch.device("cpu"), sdpa_kernel(SDPBackend.MATH):
+        out = Checkpointer(ambient="check")(torch.tanh, leaf(3))
+    text = message_of(CheckpointError, lambda: out.sum().backward())
+    assert "a default device was set in the forward, none is now" in text
+    assert "SDPA with flash attention was False in the forward, is True now" in text
+
+
+def test_check_restores_what_context_managers_end() -> None:
+    def program(run: Run) -> Any:
+        x = leaf(4, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(lambda x: torch.tanh(x @ x), x)
+        out.sum().backward()
+        return out, grads([x])
+
+    expected = program(lambda function, *args: function(*args))
+    torch.manual_seed(0)
+    before = ledger.replays()
+    torch.manual_seed(0)
+    found = program(Checkpointer(ambient="check"))
+    assert ledger.replays() == before + 1
+    torch.manual_seed(0)
+    expected = program(lambda function, *args: function(*args))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1][0], expected[1][0])
+
+
+def test_ignore_replays_with_what_is_there() -> None:
+    seen: list[torch.dtype] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(torch.get_default_dtype())
+        return torch.tanh(x)
+
+    with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
+        out = Checkpointer(ambient="ignore")(function, leaf(3))
+    out.sum().backward()
+    assert seen == [torch.float64, torch.float32]
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    assert "'restore', 'check', 'ignore'" in message_of(
+        ValueError, lambda: Checkpointer(ambient="keep")
+    )

@@ -1,0 +1,424 @@
+"""What a function changes besides its result happens once; what it reaches is as it was."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    Run,
+    assert_exact,
+    both_forms,
+    grads,
+    leaf,
+    message_of,
+)
+from torch import Tensor, nn
+
+import torch_reprise
+from torch_reprise import Checkpointer, CheckpointError, checkpoint, is_recomputing
+
+
+def buffers(module: nn.Module) -> list[Tensor]:
+    return [b.clone() for b in module.buffers()]
+
+
+class Counter(nn.Module):
+    """Changes a buffer, and computes with what it was before."""
+
+    count: Tensor
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.tanh(x * (1 + self.count.clone().mean()))
+        with torch.no_grad():
+            self.count += 1
+        return out * 2
+
+
+class OwnNorm(nn.Module):
+    """Running statistics that no version counter tells of, under names of its own."""
+
+    mu: Tensor
+    sigma: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mu", torch.zeros(3))
+        self.register_buffer("sigma", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mu, self.sigma, training=self.training)
+
+
+class Codebook(nn.Module):
+    """Larger than what is copied without asking."""
+
+    codes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(64, 512))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = (x @ self.codes.clone().t()).argmax(dim=1)
+        chosen = self.codes[nearest]
+        with torch.no_grad():
+            self.codes[nearest] = 0.9 * self.codes[nearest] + 0.1 * x
+        return torch.tanh(x * chosen)
+
+
+def conv_block() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
+
+
+def spectral() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+
+
+def old_spectral() -> nn.Module:
+    return nn.utils.spectral_norm(nn.Linear(3, 3))
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "BatchNorm": (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()), (5, 3)),
+    "BatchNorm without momentum": (lambda: nn.BatchNorm1d(3, momentum=None), (5, 3)),
+    "InstanceNorm": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), (2, 3, 7)),
+    "convolution": (conv_block, (2, 2, 8, 8)),
+    "counter": (Counter, (5, 3)),
+    "own statistics": (OwnNorm, (5, 3)),
+    "spectral norm": (spectral, (5, 3)),
+    "spectral norm by hooks": (old_spectral, (5, 3)),
+    "codebook": (Codebook, (4, 512)),
+}
+
+
+def call_itself(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return module
+
+
+def call_in_a_closure(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x)
+
+
+def call_a_method(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = module
+            self.other = nn.Linear(2, 2)
+
+        def run(self, x: Tensor) -> Tensor:
+            return self.block(x)  # type: ignore[no-any-return]
+
+    return Holder().run
+
+
+def call_through_self(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([module])
+
+        def segment(self) -> Callable[[Tensor], Tensor]:
+            return lambda x: self.blocks[0](x)
+
+    return Holder().segment()
+
+
+def call_by_partial(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return functools.partial(lambda module, x: module(x), module)
+
+
+CALLS = [call_itself, call_in_a_closure, call_a_method, call_through_self, call_by_partial]
+
+
+@both_forms
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MODULES)
+def test_buffers_are_changed_once(
+    name: str, call: Callable[[nn.Module], Callable[[Tensor], Tensor]], use_reentrant: bool
+) -> None:
+    make, shape = MODULES[name]
+
+    def program(run: Run) -> Any:
+        module = make()
+        function = call(module)
+        results = []
+        for _ in range(3):
+            x, y = leaf(*shape), leaf(*shape)
+            first, second = run(function, x), run(function, y)
+            results.append((first, second, buffers(module)))
+            # One backward each: the reentrant form adds two calls' gradients in another order.
+            for out in first, second:
+                out.square().sum().backward()
+                results.append((grads([x, y]), grads(module), buffers(module)))
+                module.zero_grad()
+        return results
+
+    assert_exact(program, replays=6, use_reentrant=use_reentrant)
+
+
+def test_a_buffer_is_the_same_object_with_the_same_version_after_a_replay() -> None:
+    module = Counter()
+    out = checkpoint(module, leaf(2, 3), use_reentrant=False)
+    before, version, address = module.count, module.count._version, module.count.data_ptr()
+    out.sum().backward()
+    assert module.count is before
+    assert module.count._version == version
+    assert module.count.data_ptr() == address
+
+
+def test_a_view_of_a_buffer_sees_what_the_forward_saw() -> None:
+    class Viewed(Counter):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.half = self.count[:2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.tanh(x * (1 + self.half.clone().mean()))
+            with torch.no_grad():
+                self.count.add_(1)
+            return out
+
+    def program(run: Run) -> Any:
+        module, x = Viewed(), leaf(3)
+        out = run(module, run(module, x))
+        out.sum().backward()
+        return out, grads([x]), module.count.clone(), module.half.clone()
+
+    assert_exact(program)
+
+
+def test_a_replay_that_raises_leaves_buffers_alone() -> None:
+    class Raising(Counter):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyError("in the replay")
+            return torch.tanh(out)
+
+    module = Raising()
+    out = checkpoint(module, leaf(2, 3), use_reentrant=False)
+    with pytest.raises(KeyError):
+        out.sum().backward()
+    assert torch.equal(module.count, torch.ones(3))
+
+
+def test_a_closed_over_counter_is_changed_once() -> None:
+    def program(run: Run) -> Any:
+        count = torch.zeros(3)
+
+        def function(x: Tensor) -> Tensor:
+            out = torch.tanh(x + count.clone())
+            count.add_(1)
+            return out
+
+        x = leaf(3)
+        out = run(function, run(function, x))
+        out.sum().backward()
+        return out, grads([x]), count
+
+    assert_exact(program)
+
+
+def test_replays_with_retain_graph_all_begin_with_the_same_values() -> None:
+    def program(run: Run) -> Any:
+        module, x = Counter(), leaf(2, 3)
+        out = run(module, x)
+        out.sum().backward(retain_graph=True)
+        out.sum().backward()
+        return out, grads([x]), buffers(module)
+
+    assert_exact(program, replays=2)
+
+
+def test_nested_segments_change_a_buffer_once() -> None:
+    def program(run: Run) -> Any:
+        module, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Counter()), leaf(5, 3)
+        out = run(lambda x: torch.tanh(run(module, run(module, x))), x)
+        out.square().sum().backward()
+        return out, grads([x]), grads(module), buffers(module)
+
+    assert_exact(program)
+
+
+def test_submodules_that_come_and_go_are_seen() -> None:
+    def program(run: Run) -> Any:
+        module = nn.Sequential(nn.Linear(3, 3))
+        results = []
+        for step in range(3):
+            if step == 1:
+                module.append(nn.BatchNorm1d(3))
+            if step == 2:
+                module[1] = Counter()
+            x = leaf(5, 3)
+            out = run(module, x)
+            out.square().sum().backward()
+            results.append((out, grads([x]), buffers(module)))
+        return results
+
+    assert_exact(program)
+
+
+def test_preserve_state_off_lets_the_replay_count_again() -> None:
+    module = Counter()
+    out = Checkpointer(preserve_state=False, early_stop=False)(module, leaf(2, 3))
+    out.sum().backward()
+    assert torch.equal(module.count, torch.full((3,), 2.0))
+
+
+# --- Training and evaluation ---------------------------------------------------------------------
+
+
+@both_forms
+@pytest.mark.parametrize("call", CALLS)
+def test_a_module_is_replayed_in_the_mode_of_its_forward(
+    call: Callable[[nn.Module], Callable[[Tensor], Tensor]], use_reentrant: bool
+) -> None:
+    def program(run: Run) -> Any:
+        module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Tanh())
+        function = call(module)
+        x = leaf(5, 3)
+        out = run(function, x)
+        module.eval()
+        also = run(function, x)
+        module.train()
+        module[2].eval()
+        (out.square().sum() + also.sum()).backward()
+        return out, also, grads([x]), grads(module), [m.training for m in module.modules()]
+
+    assert_exact(program, use_reentrant=use_reentrant)
+
+
+# --- Changes between forward and replay ----------------------------------------------------------
+
+
+class Affine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + self.shift)  # autograd does not save the shift
+
+
+@both_forms
+def test_a_changed_parameter_is_named(use_reentrant: bool) -> None:
+    module = Affine()
+    out = checkpoint(module, leaf(3), use_reentrant=use_reentrant)
+    with torch.no_grad():
+        module.shift.add_(1)
+    text = message_of(CheckpointError, lambda: out.sum().backward())
+    assert "'shift' of a Affine was modified by an inplace operation" in text
+    assert "Affine" in text
+
+
+def test_a_changed_closed_over_tensor_is_named() -> None:
+    offset = torch.zeros(3)
+    out = checkpoint(lambda x: torch.tanh(x + offset), leaf(3), use_reentrant=False)
+    offset.add_(1)
+    assert "'offset', which the function reaches by its name" in message_of(
+        CheckpointError, lambda: out.sum().backward()
+    )
+
+
+def test_a_parameter_that_was_exchanged_is_no_matter_of_ours() -> None:
+    module, x = Affine(), leaf(3)
+    old = module.shift
+    out = checkpoint(module, x, use_reentrant=False)
+    module.shift = nn.Parameter(old.detach().clone())
+    with torch.no_grad():
+        old.add_(1)
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_other_layers_may_be_stepped_while_backward_runs() -> None:
+    """A step as soon as a layer has its gradients, with segments that close over self."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Affine() for _ in range(3))
+            for parameter in self.parameters():
+                parameter.register_post_accumulate_grad_hook(self.step)
+
+        @staticmethod
+        def step(parameter: Tensor) -> None:
+            with torch.no_grad():
+                assert parameter.grad is not None
+                parameter -= 0.1 * parameter.grad
+            parameter.grad = None
+
+        def run_layer(self, x: Tensor, i: int) -> Tensor:
+            return self.layers[i](x)  # type: ignore[no-any-return]
+
+        def forward(self, run: Run, x: Tensor) -> Tensor:
+            for i in range(3):
+                x = run(lambda x, i=i: self.layers[i](x), x) if i % 2 else run(self.run_layer, x, i)
+            return x
+
+    def program(run: Run) -> Any:
+        model, x = Model(), leaf(3)
+        out = model(run, x)
+        out.sum().backward()
+        return out, grads([x]), list(model.parameters())
+
+    assert_exact(program)
+
+
+def test_containers_among_the_arguments_are_handed_over_as_they_were() -> None:
+    def program(run: Run) -> Any:
+        def function(x: Tensor, cache: list[Tensor], notes: dict[str, Any]) -> Tensor:
+            out = torch.tanh(x * cache.pop()) + len(cache)
+            notes["n"] = notes.get("n", 0) + 1
+            cache.append(out.detach())
+            return out * notes["n"]
+
+        x, cache, notes = leaf(3), [torch.ones(3), torch.full((3,), 2.0)], {}
+        out = run(function, run(function, x, cache, notes), cache, notes)
+        out.sum().backward()
+        return out, grads([x]), cache, notes
+
+    assert_exact(program)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rrelu_fills_what_it_saved(training: bool) -> None:
+    def program(run: Run) -> Any:
+        x = leaf(200, 300)
+        out = run(lambda x: F.rrelu(x * 2, training=training), x)
+        out.square().sum().backward()
+        return out, grads([x])
+
+    assert_exact(program)
+
+
+# --- is_recomputing ------------------------------------------------------------------------------
+
+
+@both_forms
+def test_is_recomputing(use_reentrant: bool) -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(is_recomputing())
+        return torch.tanh(x)
+
+    out = checkpoint(function, leaf(3), use_reentrant=use_reentrant)
+    assert not is_recomputing()
+    out.sum().backward()
+    assert seen == [False, True]
+    assert not is_recomputing()
+    assert torch_reprise.is_recomputing is is_recomputing
