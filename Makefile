@@ -3,6 +3,8 @@
 #   make demo    train the demo model, print the table, write demo.png
 #   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
 #   make test-cudasim   the tests of tests/cudasim: a CUDA torch on a simulated CUDA, without a GPU
+#   make conformance    every case of tests/conformance on torch and on ours, and docs/conformance.md
+#   make soak    the tests that repeat things, for long: 100,000 segments, 3,000 random programs
 #   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
 #   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
 #                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
@@ -44,8 +46,8 @@ FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-native test-python test-cudasim run-cudasim lint format bench clean \
-  distclean
+.PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak lint format \
+  bench clean distclean
 
 build: $(BUILD_STAMP)
 
@@ -87,6 +89,17 @@ test-python: build | test-native
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# What a run on CUDA devices saved (run-cudasim) fills the rows that need some.
+conformance: build
+	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
+	  $(BIN)/python tests/conformance/run.py --write docs/conformance.md \
+	  $(addprefix --merge ,$(wildcard build/conformance-cuda.json))
+
+soak: build
+	REPRISE_SOAK=100000 REPRISE_PROGRAMS=3000 \
+	  $(BIN)/python -m pytest tests/test_soak.py tests/test_differential.py tests/test_faults.py \
+	  $(PYTEST_ARGS)
+
 # The rules above once more, for another torch in another environment.
 test-cudasim:
 	@$(MAKE) --no-print-directory run-cudasim VENV=$(VENV_CUDA) TORCH=$(TORCH_CUDA) NATIVE_TESTS=OFF
@@ -94,6 +107,11 @@ test-cudasim:
 run-cudasim: build $(STAMPS)/cudasim
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/cudasim $(PYTEST_ARGS)
+	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
+	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/conformance -m cuda
+	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
+	  $(BIN)/python tests/cudasim/launch.py tests/conformance/run.py --only-cuda \
+	  --save build/conformance-cuda.json
 
 # The CUDA headers are those of the packages that come with torch. --fresh: CMake would remember
 # where they were.

@@ -151,6 +151,32 @@ bool user_hooks_in_force() {
   return false;
 }
 
+namespace {
+thread_local std::optional<at::impl::SavedTensorDefaultHooksTLS> t_hidden;
+}  // namespace
+
+void hide_own_hooks() {
+  const auto& state = at::SavedTensorDefaultHooks::get_tls_state();
+  if (t_hidden.has_value() || state.stack.empty() || user_hooks_in_force()) {
+    return;
+  }
+  t_hidden = state;
+  auto empty = state;
+  empty.stack = {};
+  at::SavedTensorDefaultHooks::set_tls_state(empty);
+}
+
+void show_own_hooks() {
+  if (t_hidden.has_value()) {
+    at::SavedTensorDefaultHooks::set_tls_state(*t_hidden);
+    t_hidden.reset();
+  }
+}
+
+bool graph_is_retained() {
+  return ag::get_current_graph_task_id() == -1 || ag::get_current_graph_task_keep_graph();
+}
+
 bool inside_functorch() {
   // functorch includes this key while its stack of transforms is not empty. Its
   // own header would say so more directly, but needs a library torch does not ship.

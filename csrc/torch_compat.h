@@ -84,6 +84,15 @@ const std::string* hooks_disabled_message();
 // Are there saved-tensor hooks on this thread's stack that are not ours?
 bool user_hooks_in_force();
 
+// Takes all pairs off this thread's stack if every one of them stands for a recorder of
+// ours, and puts them back. For functorch, which refuses to begin a transform while
+// there are hooks: what is saved inside of it is saved as without checkpointing.
+void hide_own_hooks();
+void show_own_hooks();
+
+// Will the graph of the running graph task be needed again? True outside of one.
+bool graph_is_retained();
+
 // Is a torch.func transform (grad, vmap, ...) active on this thread?
 bool inside_functorch();
 

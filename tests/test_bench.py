@@ -27,6 +27,7 @@ from torch_reprise._bench import (
     _rng_cases,
     memory,
     overhead,
+    replay,
     rng,
     scaling,
     training,
@@ -39,6 +40,7 @@ pytest.importorskip("rich", reason="the benchmarks print with rich")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "overhead": "overhead.py",
+    "replay": "replay.py",
     "rng": "rng_stash.py",
     "scaling": "scaling.py",
     "memory": "memory.py",
@@ -92,6 +94,17 @@ def test_overhead_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixt
     assert torch.__version__ in printed and "1 thread(s)" in printed and "cores" in printed
 
 
+def test_replay_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "replay.csv"
+    assert replay.main(["--quick", "--csv", str(path)]) == 0
+    rows = read(path)
+    assert tuple(rows[0]) == replay.COLUMNS
+    options = {(r["program"], r["variant"]) for r in rows if r["measurement"] == "added"}
+    assert options == {(p, o) for p in replay.programs() for o in replay.OPTIONS}
+    assert all(float(r["value"]) > 0 for r in rows if r["measurement"] in ("step", "bitwise"))
+    assert "BatchNorm" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_is_the_module(name: str, tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / SCRIPTS[name]
@@ -120,7 +133,7 @@ def test_every_benchmark_has_a_script() -> None:
 
 def test_every_column_is_documented() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    for name, module in {"overhead": overhead, **DRAWING}.items():
+    for name, module in {"overhead": overhead, "replay": replay, **DRAWING}.items():
         section = text.split(f"## {SCRIPTS[name]}:", 1)[1].split("\n## ", 1)[0]
         assert [column for column in module.COLUMNS if f"`{column}`" not in section] == [], name
 

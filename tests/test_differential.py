@@ -19,7 +19,7 @@ from programs import generate, run
 from torch import Tensor
 
 IMPLEMENTATION = os.environ.get("REPRISE_CHECKPOINT", "reprise")
-PROGRAMS = int(os.environ.get("REPRISE_PROGRAMS", "320"))
+PROGRAMS = int(os.environ.get("REPRISE_PROGRAMS", "500"))
 REENTRANT_PROGRAMS = max(60, PROGRAMS // 5)
 
 

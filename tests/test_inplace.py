@@ -95,7 +95,7 @@ def test_an_argument_that_the_function_changes() -> None:
 
     x = leaf()
     y = checkpoint(fn, x * 1, use_reentrant=False)
-    with pytest.raises(CheckpointError, match="changed tensor argument 0 in place"):
+    with pytest.raises(CheckpointError, match="changed argument 0 in place"):
         y.sum().backward()
     del y
     assert ledger.live_segments() == 0  # no cycle through the argument's new history

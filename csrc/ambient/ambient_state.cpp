@@ -91,7 +91,7 @@ void AutocastState::apply(const AutocastState& now) const {
 
 AmbientState AmbientState::capture() {
   AmbientState state;
-  state.flags_ = TorchFlags::shared_current();
+  state.flags_ = TorchFlags::current();
   state.autocast_ = AutocastState::current();
   for (int64_t i = 0, n = PythonTorchFunctionTLS::stack_len(); i < n; ++i) {
     state.function_modes_.push_back(PythonTorchFunctionTLS::get_stack_at(i));
@@ -139,7 +139,7 @@ std::string AmbientState::settings_diff() const {
   if (!flags_) {
     return {};
   }
-  std::string text = flags_->diff(TorchFlags::current());
+  std::string text = flags_->diff(*TorchFlags::current());
   if (has_default_device_ != default_device_is_set()) {
     text += text.empty() ? "" : "\n";
     text += has_default_device_ ? "a default device was set in the forward, none is now"
@@ -154,7 +154,9 @@ AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != 
   }
   outer_flags_ = TorchFlags::current();
   outer_autocast_ = AutocastState::current();
-  state.flags_->apply(outer_flags_);
+  if (state.flags_ != outer_flags_) {
+    state.flags_->apply(*outer_flags_);
+  }
   if (!state.has_default_device_ && default_device_is_set()) {
     PythonTorchFunctionTLS::push_onto_stack(host().cpu_device_mode());
     ++function_modes_;
@@ -193,7 +195,9 @@ AmbientScope::~AmbientScope() {
   if (autocast_nested_ && at::autocast::decrement_nesting() == 0) {
     at::autocast::clear_cache();
   }
-  outer_flags_.apply(TorchFlags::current());
+  if (const auto& now = TorchFlags::current(); now != outer_flags_) {
+    outer_flags_->apply(*now);
+  }
 }
 
 }  // namespace reprise

@@ -85,7 +85,7 @@ class AmbientScope {
 
  private:
   bool active_;
-  TorchFlags outer_flags_;
+  std::shared_ptr<const TorchFlags> outer_flags_;
   AutocastState outer_autocast_;
   bool autocast_nested_ = false;
   int function_modes_ = 0;  // how many were pushed

@@ -4,7 +4,9 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <sstream>
 #include <type_traits>
@@ -168,39 +170,93 @@ const std::vector<Flag>& table() {
   return flags;
 }
 
+// The flags that lie in the context itself, between the first and the last of them, and
+// the values of its map. What lies between them and is no flag does no harm: it makes
+// an equal state look changed, which is found out by reading it flag by flag.
+struct Memory {
+  const std::byte* begin;
+  size_t size;
+  std::vector<const at::Float32Precision*> precisions;
+
+  static const Memory& get() {
+    static const auto& memory = *new Memory;
+    return memory;
+  }
+
+ private:
+  Memory() {
+    const auto* context = reinterpret_cast<const std::byte*>(&at::globalContext());
+    const std::byte* end = context;
+    begin = context + sizeof(at::Context);
+    for (const Flag& flag : table()) {
+      const auto* address = static_cast<const std::byte*>(flag.address);
+      if (address >= context && address < context + sizeof(at::Context)) {
+        begin = std::min(begin, address);
+        end = std::max(end, address + flag.size);
+      } else {
+        precisions.push_back(static_cast<const at::Float32Precision*>(flag.address));
+      }
+    }
+    size = static_cast<size_t>(end - begin);
+  }
+};
+
+// What the memory looked like when the flags were read last.
+struct LastSeen {
+  std::shared_ptr<const TorchFlags> flags;
+  at::ScalarType default_dtype;
+  c10::SmallVector<at::Float32Precision, 16> precisions;
+  c10::SmallVector<std::byte, 256> bytes;
+
+  bool still_so() const {
+    const Memory& memory = Memory::get();
+    if (!flags || default_dtype != c10::get_default_dtype_as_scalartype() ||
+        std::memcmp(bytes.data(), memory.begin, memory.size) != 0) {
+      return false;
+    }
+    for (size_t i = 0; i < precisions.size(); ++i) {
+      if (precisions[i] != *memory.precisions[i]) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  void look() {
+    const Memory& memory = Memory::get();
+    default_dtype = c10::get_default_dtype_as_scalartype();
+    bytes.assign(memory.begin, memory.begin + memory.size);
+    precisions.clear();
+    for (const auto* precision : memory.precisions) {
+      precisions.push_back(*precision);
+    }
+  }
+};
+
 }  // namespace
 
-TorchFlags TorchFlags::current() {
-  static const size_t used = [] {
-    size_t bytes = 1;
-    for (const Flag& flag : table()) {
-      bytes += flag.size;
-    }
-    TORCH_INTERNAL_ASSERT(bytes <= kBytes);
-    return bytes;
-  }();
-  static_cast<void>(used);
+TorchFlags TorchFlags::read() {
   TorchFlags flags;
-  std::byte* next = flags.bytes_.data();
-  *next++ = static_cast<std::byte>(c10::get_default_dtype_as_scalartype());
+  flags.bytes_[0] = static_cast<std::byte>(c10::get_default_dtype_as_scalartype());
+  size_t next = 1;
   for (const Flag& flag : table()) {
-    if (flag.size == 1) {
-      *next = *static_cast<const std::byte*>(flag.address);
-    } else {
-      std::memcpy(next, flag.address, flag.size);
-    }
+    TORCH_INTERNAL_ASSERT(next + flag.size <= kBytes);
+    std::memcpy(&flags.bytes_[next], flag.address, flag.size);
     next += flag.size;
   }
   return flags;
 }
 
-std::shared_ptr<const TorchFlags> TorchFlags::shared_current() {
-  thread_local std::shared_ptr<const TorchFlags> last;
-  const TorchFlags now = current();
-  if (!last || !(*last == now)) {
-    last = std::make_shared<const TorchFlags>(now);
+const std::shared_ptr<const TorchFlags>& TorchFlags::current() {
+  thread_local LastSeen last;
+  if (!last.still_so()) {
+    last.look();
+    const TorchFlags now = read();
+    if (!last.flags || !(*last.flags == now)) {
+      last.flags = std::make_shared<const TorchFlags>(now);
+    }
   }
-  return last;
+  return last.flags;
 }
 
 void TorchFlags::apply(const TorchFlags& now) const {

@@ -16,10 +16,10 @@ namespace reprise {
 
 class TorchFlags {
  public:
-  static TorchFlags current();
-  // The same, shared with the last caller if nothing was changed meanwhile: a segment
-  // keeps a pointer.
-  static std::shared_ptr<const TorchFlags> shared_current();
+  // As they are now. The same object as in the thread's last call if nothing was changed
+  // meanwhile, so that a segment keeps a pointer and most comparisons are of pointers.
+  // Valid until the thread's next call.
+  static const std::shared_ptr<const TorchFlags>& current();
 
   // Sets what differs from `now`, the current state.
   void apply(const TorchFlags& now) const;
@@ -30,6 +30,8 @@ class TorchFlags {
   std::string diff(const TorchFlags& now) const;
 
  private:
+  static TorchFlags read();
+
   static constexpr size_t kBytes = 128;
   std::array<std::byte, kBytes> bytes_{};  // in the order of the table; the rest is 0
 };

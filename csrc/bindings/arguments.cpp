@@ -2,8 +2,6 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
-#include "bindings/reach.h"
-
 namespace reprise::bindings {
 namespace {
 
@@ -51,11 +49,11 @@ bool is_named_tuple(PyObject* value) {
 }  // namespace
 
 Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors,
-                     std::vector<at::Generator>* generators)
-    : generators_(generators) {
+                     std::vector<PyObject*>* others)
+    : others_(others) {
   Known known;
   take_apart(value, tensors, known);
-  generators_ = nullptr;
+  others_ = nullptr;
 }
 
 namespace {
@@ -106,10 +104,8 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
   if (!is_list && !is_dict &&
       !(PyDict_Check(value) &&
         (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
-    if (generators_ != nullptr) {
-      if (const at::Generator* generator = as_generator(value)) {
-        generators_->push_back(*generator);
-      }
+    if (others_ != nullptr) {
+      others_->push_back(value);
     }
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
     return false;
@@ -217,6 +213,56 @@ Ref Structure::build(const std::vector<Ref>& objects, size_t* next) const {
   size_t node = 0;
   std::vector<Ref> shared;
   return put_together(node, shared, [&] { return Ref::borrow(objects[(*next)++].get()); });
+}
+
+bool Structure::find(size_t& node, size_t& index, std::string& path) const {
+  const Node& n = nodes_[node++];
+  switch (n.kind) {
+    case Kind::kTensor:
+      return index-- == 0;
+    case Kind::kObject:
+    case Kind::kShared:
+      return false;
+    case Kind::kTuple:
+    case Kind::kNamedTuple:
+    case Kind::kList:
+      for (uint32_t i = 0; i < n.count; ++i) {
+        if (find(node, index, path)) {
+          path = "[" + std::to_string(i) + "]" + path;
+          return true;
+        }
+      }
+      return false;
+    case Kind::kDict:
+    case Kind::kOrderedDict:
+    case Kind::kDefaultDict:
+      for (uint32_t i = 0; i < n.count; ++i) {
+        PyObject* key = nodes_[node++].object.get();
+        if (find(node, index, path)) {
+          const Ref text = Ref::steal(PyObject_Repr(key));
+          const char* utf8 = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
+          PyErr_Clear();
+          path = std::string("[") + (utf8 != nullptr ? utf8 : "...") + "]" + path;
+          return true;
+        }
+      }
+      return false;
+  }
+  return false;
+}
+
+void Structure::objects(std::vector<PyObject*>& found) const {
+  for (const auto& node : nodes_) {
+    if (node.kind == Kind::kObject) {
+      found.push_back(node.object.get());
+    }
+  }
+}
+
+std::string Structure::path_of(size_t index) const {
+  std::string path;
+  size_t node = 0;
+  return find(node, index, path) ? path : "";
 }
 
 }  // namespace reprise::bindings

@@ -12,11 +12,11 @@
 // Every member needs the interpreter lock, the destructor too.
 #pragma once
 
-#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 
 #include <cstdint>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -28,9 +28,17 @@ class Structure {
  public:
   // Takes `value` apart; its tensors are appended to `tensors`.
   // Throws the Python error that a broken container raises.
-  // Generators among the values are appended to `generators`, if it is given.
+  // Everything else that a function could draw from or change is appended to `others`
+  // (borrowed), if it is given.
   Structure(PyObject* value, std::vector<at::Tensor>& tensors,
-            std::vector<at::Generator>* generators = nullptr);
+            std::vector<PyObject*>* others = nullptr);
+
+  // How to get from the value to its tensor number `index`: "[2]['mask']"; empty if it
+  // has fewer. Steps through shared containers are those of the first way.
+  std::string path_of(size_t index) const;
+
+  // Appends the objects that the constructor's `others` got (borrowed), and more.
+  void objects(std::vector<PyObject*>& found) const;
 
   // The same value with `tensors` (all that this structure found, from `*next`
   // on, which is advanced) in their places.
@@ -64,8 +72,11 @@ class Structure {
   template <typename Leaf>
   Ref put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const;
 
-  std::vector<Node> nodes_;                 // preorder
-  std::vector<at::Generator>* generators_;  // only while it is made
+  // Advances `node` over one value; true if the tensor was found, with its `path`.
+  bool find(size_t& node, size_t& index, std::string& path) const;
+
+  std::vector<Node> nodes_;         // preorder
+  std::vector<PyObject*>* others_;  // only while it is made
 };
 
 }  // namespace reprise::bindings

@@ -1,3 +1,4 @@
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <optional>
@@ -9,6 +10,7 @@
 #include "bindings/python_program.h"
 #include "bindings/reach.h"
 #include "bindings/source_location.h"
+#include "fingerprint/fingerprint.h"
 #include "segment/ledger.h"
 #include "segment/reentrant.h"
 #include "segment/replay.h"
@@ -29,6 +31,7 @@ enum Flags : long {
   kAmbientCheck = 16,
   kAmbientIgnore = 32,
   kPreserveState = 64,
+  kCheckValues = 128,
 };
 
 SegmentOptions options_of(long flags) {
@@ -38,6 +41,7 @@ SegmentOptions options_of(long flags) {
           .preserve_rng_state = (flags & kPreserveRngState) != 0,
           .early_stop = (flags & kEarlyStop) != 0,
           .check_determinism = (flags & kCheckDeterminism) != 0,
+          .check_values = (flags & kCheckValues) != 0,
           .check_rng = (flags & kCheckRng) != 0};
 }
 
@@ -53,14 +57,13 @@ std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
   return {Ref::borrow(forward), Ref::borrow(replay)};
 }
 
-// What a call reaches besides its arguments. `generators`: those found in the
-// arguments. `given`: more of them from the user, a tuple or None.
-Reach reach_of(PyObject* function, PyObject* given, long flags,
-               std::vector<at::Generator>&& generators) {
+// What a call reaches besides tensors among its arguments. `others`: what else they are;
+// those that the function may change are left. `given`: generators from the user, a
+// tuple or None.
+Reach reach_of(PyObject* function, PyObject* given, long flags, std::vector<PyObject*>& others) {
   Reach reach;
   if ((flags & (kPreserveRngState | kPreserveState)) != 0) {
-    reach.generators = std::move(generators);
-    look_around(function, reach);
+    look_around(function, others, reach);
     if (given != Py_None) {
       for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i) {
         reach.generators.push_back(*as_generator(PyTuple_GET_ITEM(given, i)));
@@ -70,6 +73,7 @@ Reach reach_of(PyObject* function, PyObject* given, long flags,
   if ((flags & kPreserveState) == 0) {
     reach.modules.clear();
     reach.tensors.clear();
+    others.clear();
   }
   return reach;
 }
@@ -100,12 +104,13 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     std::tie(forward_context, replay_context) = make_contexts(argv[4]);
   }
   std::vector<at::Tensor> inputs;
-  std::vector<at::Generator> generators;
+  std::vector<PyObject*> others;
   auto program =
       std::make_unique<PythonProgram>(function, args, kwargs, replay_context.get(),
-                                      argv[5] == Py_None ? nullptr : argv[5], inputs, generators);
-  Reach reach = reach_of(function, argv[6], flags, std::move(generators));
-  program->hold(std::move(reach.modules), (flags & kAmbientIgnore) == 0);
+                                      argv[5] == Py_None ? nullptr : argv[5], inputs, others);
+  Reach reach = reach_of(function, argv[6], flags, others);
+  program->hold(std::move(reach.modules), others, (flags & kAmbientIgnore) == 0);
+  PythonProgram& held = *program;  // the segment's, from now on
   SegmentOptions options = options_of(flags);
   // Selective checkpointing has a check of its own, which can be turned off.
   options.check_versions = argv[4] == Py_None;
@@ -129,6 +134,7 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   if (!result) {
     return nullptr;
   }
+  held.settle();
   segment->end_forward();
   return result.release();
   END_HANDLE_TH_ERRORS
@@ -149,9 +155,9 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     return PyObject_Call(function, args, kwargs);
   }
   std::vector<at::Tensor> inputs;
-  std::vector<at::Generator> generators;
+  std::vector<PyObject*> others;
   auto program =
-      std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs, generators);
+      std::make_unique<PythonProgram>(function, args, kwargs, nullptr, nullptr, inputs, others);
   bool any_requires_grad = false;
   for (const auto& input : inputs) {
     any_requires_grad |= input.requires_grad();
@@ -167,8 +173,9 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     const c10::AutoGradMode no_grad(false);
     return PyObject_Call(function, args, kwargs);
   }
-  Reach reach = reach_of(function, argv[4], flags, std::move(generators));
-  program->hold(std::move(reach.modules), (flags & kAmbientIgnore) == 0);
+  Reach reach = reach_of(function, argv[4], flags, others);
+  program->hold(std::move(reach.modules), others, (flags & kAmbientIgnore) == 0);
+  PythonProgram& held = *program;  // the segment's, from now on
   auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth(),
                                 reach.generators, reach.tensors);
   reach = Reach();
@@ -185,6 +192,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   if (!result) {
     return nullptr;
   }
+  held.settle();
   segment->end_forward();
   std::vector<at::Tensor> found;
   const Structure structure(result.get(), found);
@@ -226,14 +234,21 @@ void bind_segment(py::module_& module) {
   module.attr("CHECK_RNG") = static_cast<long>(kCheckRng);
   module.attr("AMBIENT_CHECK") = static_cast<long>(kAmbientCheck);
   module.attr("AMBIENT_IGNORE") = static_cast<long>(kAmbientIgnore);
+  module.attr("CHECK_VALUES") = static_cast<long>(kCheckValues);
   module.attr("PRESERVE_STATE") = static_cast<long>(kPreserveState);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });
   module.def("set_group_type", [](const py::object& type) { set_group_type(type.ptr()); });
   module.def("set_internal_paths",
              [](const std::vector<std::string>& prefixes) { set_internal_paths(prefixes); });
+  module.def(
+      "fingerprint", [](const at::Tensor& tensor) { return fingerprint(tensor); },
+      py::call_guard<py::gil_scoped_release>());
   module.def("is_recomputing", [] { return ReplayMark::active(); });
   module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });
+  module.def("hide_own_hooks", &compat::hide_own_hooks);
+  module.def("show_own_hooks", &compat::show_own_hooks);
+  module.def("graph_is_retained", &compat::graph_is_retained);
   module.def("enable_native_hooks", &compat::enable_native_hooks);
   module.def("native_hooks_installed", &compat::native_hooks_installed);
 }

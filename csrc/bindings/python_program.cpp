@@ -60,14 +60,13 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
 
 PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs,
                              PyObject* replay_context, PyObject* debug_session,
-                             std::vector<at::Tensor>& inputs,
-                             std::vector<at::Generator>& generators)
+                             std::vector<at::Tensor>& inputs, std::vector<PyObject*>& others)
     : function_(Ref::borrow(function)),
       replay_context_(Ref::borrow(replay_context)),
       debug_session_(Ref::borrow(debug_session)) {
-  args_.emplace(args, inputs, &generators);
+  args_.emplace(args, inputs, &others);
   if (kwargs != nullptr && PyDict_GET_SIZE(kwargs) > 0) {
-    kwargs_.emplace(kwargs, inputs, &generators);
+    kwargs_.emplace(kwargs, inputs, &others);
   }
 }
 
@@ -80,6 +79,7 @@ PythonProgram::~PythonProgram() {
     new Ref(std::move(replay_context_));
     new Ref(std::move(debug_session_));
     new std::vector<Reach::Module>(std::move(modules_));
+    new ArgumentObjects(std::move(argument_objects_));
     new Ref(std::move(context_variables_));
     return;
   }
@@ -93,12 +93,15 @@ PythonProgram::~PythonProgram() {
   replay_context_ = Ref();
   debug_session_ = Ref();
   modules_.clear();
+  argument_objects_ = ArgumentObjects();
   context_variables_ = Ref();
   PyErr_Restore(type, value, traceback);
 }
 
-void PythonProgram::hold(std::vector<Reach::Module>&& modules, bool context_variables) {
+void PythonProgram::hold(std::vector<Reach::Module>&& modules,
+                         const std::vector<PyObject*>& objects, bool context_variables) {
   modules_ = std::move(modules);
+  argument_objects_.note(objects);
   if (context_variables) {
     context_variables_ = checked(PyContext_CopyCurrent());
   }
@@ -175,6 +178,7 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
   inputs.clear();
   const TrainingScope training(modules_);
+  const ArgumentObjectsScope objects(argument_objects_);
   const ContextVariablesScope variables(context_variables_.get());
   return call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(),
                          suppressed);
@@ -246,9 +250,52 @@ std::string PythonProgram::name() const {
   return utf8;
 }
 
+std::string PythonProgram::input_name(size_t index) const {
+  WithInterpreter lock;
+  // The positional ones come first: "[1][0]" is argument 1, its element 0.
+  std::string path = args_->path_of(index);
+  const char* what = "argument ";
+  if (path.empty() && kwargs_) {
+    for (size_t in_args = 0; in_args <= index && path.empty(); ++in_args) {
+      if (args_->path_of(in_args).empty()) {
+        path = kwargs_->path_of(index - in_args);
+        what = "keyword argument ";
+        break;
+      }
+    }
+  }
+  const auto end = path.find(']');
+  if (path.empty() || end == std::string::npos) {
+    return Program::input_name(index);
+  }
+  return what + path.substr(1, end - 1) + path.substr(end + 1);
+}
+
 std::string PythonProgram::where_reached(const c10::TensorImpl* tensor) const {
   WithInterpreter lock;
-  return bindings::where_reached(function_.get(), tensor);
+  std::vector<PyObject*> others;
+  args_->objects(others);
+  if (kwargs_) {
+    kwargs_->objects(others);
+  }
+  return bindings::where_reached(function_.get(), others, tensor);
+}
+
+std::string PythonProgram::running_module() const {
+  WithInterpreter lock;
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  std::string text;
+  Ref errors = Ref::steal(PyImport_ImportModule("torch_reprise._errors"));
+  Ref path =
+      errors ? Ref::steal(PyObject_CallMethod(errors.get(), "running_module", nullptr)) : Ref();
+  const char* utf8 = path ? PyUnicode_AsUTF8(path.get()) : nullptr;
+  if (utf8 != nullptr) {
+    text = utf8;
+  }
+  PyErr_Clear();  // only the message has less in it
+  PyErr_Restore(type, value, traceback);
+  return text;
 }
 
 std::string PythonProgram::explain_mismatch() const {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/argument_objects.h"
 #include "bindings/arguments.h"
 #include "bindings/python_object.h"
 #include "bindings/reach.h"
@@ -17,25 +18,31 @@ namespace reprise::bindings {
 
 class PythonProgram final : public Program {
  public:
-  // With the interpreter lock. Appends the tensor arguments to `inputs` and the
-  // generator arguments to `generators`.
+  // With the interpreter lock. Appends the tensor arguments to `inputs` and what else
+  // among them is neither a container nor immutable to `others` (borrowed).
   // `replay_context`: entered around each replay, or null.
   // `debug_session`: a torch_reprise.debug session, or null.
   PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs, PyObject* replay_context,
                 PyObject* debug_session, std::vector<at::Tensor>& inputs,
-                std::vector<at::Generator>& generators);
+                std::vector<PyObject*>& others);
   // From any thread; takes the interpreter lock. After the interpreter is gone
   // the references are leaked, there being nobody to give them back to.
   ~PythonProgram() override;
 
   // What else a replay finds as it is now: the modules in training or evaluation, and,
   // with `context_variables`, the variables of contextvars.
-  void hold(std::vector<Reach::Module>&& modules, bool context_variables);
+  // `objects`: arguments that the function may change.
+  void hold(std::vector<Reach::Module>&& modules, const std::vector<PyObject*>& objects,
+            bool context_variables);
+  // After the forward.
+  void settle() { argument_objects_.settle(); }
 
   Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) override;
   std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) override;
   std::string name() const override;
+  std::string running_module() const override;
   std::string explain_mismatch() const override;
+  std::string input_name(size_t index) const override;
   std::string where_reached(const c10::TensorImpl* tensor) const override;
 
  private:
@@ -50,6 +57,7 @@ class PythonProgram final : public Program {
   Ref replay_context_;
   Ref debug_session_;
   std::vector<Reach::Module> modules_;
+  ArgumentObjects argument_objects_;
   Ref context_variables_;  // a contextvars.Context, never entered itself
 };
 

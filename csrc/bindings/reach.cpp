@@ -102,10 +102,10 @@ class Search {
       PyObject* function = PyMethod_GET_FUNCTION(object);
       PyObject* self = PyMethod_GET_SELF(object);
       callable(function);
-      const bool whole =
-          !PyFunction_Check(function) || is_forward(function) || kind_of(self) != Kind::kModule;
-      if (whole) {
-        object_with_attributes(self, /*certain=*/true);
+      if (kind_of(self) != Kind::kModule) {
+        object_with_attributes(self, /*certain=*/false);
+      } else if (!PyFunction_Check(function) || is_forward(function)) {
+        module(self, /*certain=*/true);
       } else {
         named_attributes(self, names_in(function));
       }
@@ -124,7 +124,7 @@ class Search {
         }
       }
     } else if (!PyCFunction_Check(object)) {
-      object_with_attributes(object, /*certain=*/true);
+      object_with_attributes(object, /*certain=*/kind_of(object) == Kind::kModule);
       auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
       for (const char* name : {"forward", "__call__"}) {
         Ref method = Ref::steal(PyObject_GetAttrString(type, name));
@@ -136,6 +136,16 @@ class Search {
       }
     }
     PyErr_Clear();
+  }
+
+  // An argument: true if it is a generator or a module.
+  bool argument(PyObject* object) {
+    const Kind kind = kind_of(object);
+    if (kind == Kind::kOther) {
+      return false;
+    }
+    item(object, nullptr, true);
+    return true;
   }
 
  private:
@@ -403,12 +413,20 @@ const at::Generator* as_generator(PyObject* object) noexcept {
                                              : nullptr;
 }
 
-void look_around(PyObject* callable, Reach& reach) { Search(reach, nullptr).callable(callable); }
+void look_around(PyObject* callable, std::vector<PyObject*>& arguments, Reach& reach) {
+  Search search(reach, nullptr);
+  search.callable(callable);
+  std::erase_if(arguments, [&search](PyObject* argument) { return search.argument(argument); });
+}
 
-std::string where_reached(PyObject* callable, const c10::TensorImpl* tensor) {
+std::string where_reached(PyObject* callable, const std::vector<PyObject*>& arguments,
+                          const c10::TensorImpl* tensor) {
   Reach reach;
   Search search(reach, tensor);
   search.callable(callable);
+  for (PyObject* argument : arguments) {
+    search.argument(argument);
+  }
   return search.found();
 }
 

@@ -36,12 +36,14 @@ struct Reach {
 // The generator in a torch.Generator, or null for any other object. Borrowed.
 const at::Generator* as_generator(PyObject* object) noexcept;
 
-// Adds to `reach` what `callable` reaches. An attribute that cannot be read counts as
+// Adds to `reach` what `callable` reaches, and the generators and modules among `arguments`;
+// the other ones of these are left in it. An attribute that cannot be read counts as
 // absent. With the interpreter lock.
-void look_around(PyObject* callable, Reach& reach);
+void look_around(PyObject* callable, std::vector<PyObject*>& arguments, Reach& reach);
 
 // Where `callable` reaches this tensor: "running_mean of BatchNorm1d", "the closed-over
 // counter"; empty if it does not. For error messages.
-std::string where_reached(PyObject* callable, const c10::TensorImpl* tensor);
+std::string where_reached(PyObject* callable, const std::vector<PyObject*>& arguments,
+                          const c10::TensorImpl* tensor);
 
 }  // namespace reprise::bindings

@@ -134,6 +134,7 @@ void ReachedState::note(const std::vector<Reached>& reached) {
 }
 
 void ReachedState::settle() {
+  settled_ = true;
   for (auto& noted : noted_) {
     const auto now = noted.version.current_version();
     if (noted.storage >= 0 && now != noted.saved_version) {
@@ -163,7 +164,7 @@ void ReachedState::settle() {
 }
 
 ReachedState::Problem ReachedState::first_problem(size_t* from) const {
-  while (*from < noted_.size()) {
+  while (settled_ && *from < noted_.size()) {
     const Noted& noted = noted_[(*from)++];
     if (noted.storage >= 0 && storages_[static_cast<size_t>(noted.storage)].changed) {
       if (storages_[static_cast<size_t>(noted.storage)].lost) {
@@ -188,12 +189,17 @@ size_t ReachedState::nbytes() const {
 }
 
 StateScope::StateScope(const ReachedState& state) {
-  if (!state.changes_anything()) {
+  if (state.settled_ && !state.changes_) {
     return;
   }
+  const auto is_changed = [&state](const ReachedState::Kept& kept) {
+    return kept.begin && (kept.changed || !state.settled_);
+  };
   for (const auto& kept : state.storages_) {
-    auto storage =
-        kept.changed && kept.begin ? kept.storage.lock() : c10::intrusive_ptr<c10::StorageImpl>();
+    if (!is_changed(kept)) {
+      continue;
+    }
+    auto storage = kept.storage.lock();
     if (storage && storage->nbytes() == kept.begin.nbytes()) {
       c10::Storage other = copy_of(kept.begin);
       storage->swap_data_ptr(*other.unsafeGetStorageImpl());
@@ -201,7 +207,7 @@ StateScope::StateScope(const ReachedState& state) {
     }
   }
   for (const auto& noted : state.noted_) {
-    if (noted.storage >= 0 && state.storages_[static_cast<size_t>(noted.storage)].changed) {
+    if (noted.storage >= 0 && is_changed(state.storages_[static_cast<size_t>(noted.storage)])) {
       versions_.push_back({noted.version, noted.version.current_version()});
     }
   }

@@ -70,10 +70,10 @@ class ReachedState {
     uint32_t then = 0;
     uint32_t now = 0;
   };
-  // Those that `from` and later; to look at all of them one after the other.
+  // Begins at `*from` and advances it: to look at all of them one after the other. None
+  // while the forward runs.
   Problem first_problem(size_t* from) const;
 
-  bool changes_anything() const { return changes_; }
   // Bytes of the copies.
   size_t nbytes() const;
 
@@ -96,6 +96,7 @@ class ReachedState {
   };
   c10::SmallVector<Noted, 0> noted_;
   c10::SmallVector<Kept, 0> storages_;
+  bool settled_ = false;  // until then (a replay during the forward) anything may have changed
   bool changes_ = false;
 };
 

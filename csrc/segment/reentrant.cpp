@@ -62,13 +62,19 @@ const ag::Node* find_wanted_leaf(const ag::edge_list& roots, const ag::edge_list
 }  // namespace
 
 ReentrantNode::ReentrantNode(c10::intrusive_ptr<Segment> segment,
-                             const std::vector<at::Tensor>& inputs)
+                             const std::vector<at::Tensor>& inputs,
+                             const std::vector<std::optional<at::Tensor>>& outputs)
     : segment_(std::move(segment)) {
   needs_grad_.reserve(inputs.size());
   for (const auto& input : inputs) {
     needs_grad_.push_back(input.requires_grad());
   }
   set_next_edges(ag::collect_next_edges(inputs));
+  if (segment_->options().check_values) {
+    for (const auto& output : outputs) {
+      output_values_.push_back(output.has_value() ? fingerprint(*output) : std::nullopt);
+    }
+  }
 }
 
 void ReentrantNode::release_variables() {
@@ -120,6 +126,17 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     host().throw_checkpoint_error(
         c10::str("torch_reprise: the replay of ", segment->name(), " returned ", outputs.size(),
                  " output tensors where its forward returned ", grads.size(), "."));
+  }
+  for (size_t i = 0; i < output_values_.size(); ++i) {
+    const auto now = output_values_[i].has_value() ? fingerprint(outputs[i]) : std::nullopt;
+    if (now.has_value() && now != output_values_[i]) {
+      host().throw_checkpoint_error(
+          c10::str("torch_reprise: the replay of ", segment->name(),
+                   " computes other values than its forward did (determinism_check=\"bitwise\"): "
+                   "output ",
+                   i, ", ", TensorMeta::of(outputs[i]).describe(),
+                   ". use_reentrant=False compares every saved tensor and names the line."));
+    }
   }
   ag::edge_list roots;
   ag::variable_list root_grads;
@@ -184,7 +201,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
 std::vector<std::optional<at::Tensor>> join_graph(
     c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs,
     const std::vector<std::optional<at::Tensor>>& outputs) {
-  auto node = c10::make_intrusive<ReentrantNode>(std::move(segment), inputs);
+  auto node = c10::make_intrusive<ReentrantNode>(std::move(segment), inputs, outputs);
   return compat::wrap_outputs(inputs, outputs, node);
 }
 

@@ -25,6 +25,8 @@
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,7 +37,8 @@ namespace reprise {
 class ReentrantNode final : public torch::autograd::Node {
  public:
   // `inputs` in the order in which the program takes them.
-  ReentrantNode(c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs);
+  ReentrantNode(c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs,
+                const std::vector<std::optional<at::Tensor>>& outputs);
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
   void release_variables() override;
@@ -44,6 +47,8 @@ class ReentrantNode final : public torch::autograd::Node {
  private:
   c10::intrusive_ptr<Segment> segment_;  // strong; null once the graph was freed
   std::vector<bool> needs_grad_;         // by input
+  // By output, if values are checked; nothing where there are none that could be read.
+  std::vector<std::optional<uint64_t>> output_values_;
 };
 
 // Gives the outputs of a forward that ran without a graph their history.

@@ -4,6 +4,7 @@
 #include <ATen/SequenceNumber.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <sstream>
 #include <utility>
@@ -59,6 +60,9 @@ void Replay::run(Segment& segment) {
         c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
                                             c10::intrusive_ptr<Replay>::reclaim_copy(this))));
     const auto outcome = segment.program().run(std::move(inputs), stopped_);
+    if (segment.options().check_values) {
+      compare_values(segment, value_notes_.finish());
+    }
     if (outcome != Program::Outcome::kWentOnAfterStop) {
       rng_differs = scope.check_generators(outcome == Program::Outcome::kStopped);
     }
@@ -88,6 +92,7 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
   operator_may_fill_ = false;
   mismatches_.clear();
   failure_.clear();
+  value_notes_.clear();
   stop_at_next_ = false;
   stopped_.store(false, std::memory_order_relaxed);
 }
@@ -136,10 +141,15 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   bool stop = false;
   bool may_finish = false;
   bool too_many = false;
+  bool differs = false;
+  bool stop_before = false;  // before this tensor
+  uint32_t position = 0;
   {
     std::lock_guard<std::mutex> lock(segment.mutex_);
     const uint32_t index = cursor_++;
+    position = index;
     stop = stop_at_next_;
+    stop_before = stop;
     if (newest_node != operator_) {
       operator_ = newest_node;
       operator_begin_ = index;
@@ -155,7 +165,9 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
       if (segment.options_.check_determinism &&
           !(plain ? slot.matches(tensor, segment.sizes_)
                   : TensorMeta::of(slot, segment.sizes_) == found)) {
-        mismatches_.push_back({index, plain ? TensorMeta::of(tensor) : std::move(found)});
+        mismatches_.push_back(
+            {index, plain ? TensorMeta::of(tensor) : std::move(found), false, std::nullopt});
+        differs = true;
       }
       if (wanted_[index]) {
         if (segment.slots_[index].live || key_.none()) {
@@ -184,6 +196,11 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
       failure_ = out.str();
     }
     fail(segment, out.str());
+  }
+  if (differs) {
+    locate_mismatches(segment);
+  } else if (segment.options_.check_values && !stop_before) {
+    compare_values(segment, value_notes_.add(position, tensor, newest_node));
   }
   if (stop) {
     stopped_.store(true, std::memory_order_relaxed);
@@ -239,6 +256,40 @@ at::Tensor Replay::take(uint32_t index) {
 // Checking
 // ---------------------------------------------------------------------------
 
+void Replay::compare_values(Segment& segment, const std::vector<ValueNotes::Note>& notes) {
+  bool differs = false;
+  {
+    std::lock_guard<std::mutex> lock(segment.mutex_);
+    for (const auto& [position, value] : notes) {
+      if (position >= segment.fingerprints_.size() || !value.has_value()) {
+        continue;
+      }
+      const auto& expected = segment.fingerprints_[position];
+      if (expected.has_value() && *expected != *value) {
+        mismatches_.push_back({position, TensorMeta::of(segment.slots_[position], segment.sizes_),
+                               true, std::nullopt});
+        differs = true;
+      }
+    }
+  }
+  if (differs) {
+    locate_mismatches(segment);
+  }
+}
+
+void Replay::locate_mismatches(Segment& segment) {
+  const std::string module = segment.program().running_module();
+  std::lock_guard<std::mutex> lock(segment.mutex_);
+  for (auto it = mismatches_.rbegin(); it != mismatches_.rend() && !it->module.has_value(); ++it) {
+    it->module = module;
+  }
+}
+
+namespace {
+// Replays that were compared by value and found equal.
+std::atomic<uint64_t> g_equal_replays{0};
+}  // namespace
+
 void Replay::check(Segment& segment) {
   std::unique_lock<std::mutex> lock(segment.mutex_);
   if (!failure_.empty()) {
@@ -265,11 +316,23 @@ void Replay::check(Segment& segment) {
       fail(segment, out.str());
     }
   }
+  if (segment.options_.check_values) {
+    g_equal_replays.fetch_add(1, std::memory_order_relaxed);
+  }
 }
 
 std::string Replay::mismatch_message(Segment& segment) const {
   std::ostringstream out;
-  out << "the replay of " << segment.name() << " saves other tensors than its forward did.";
+  const bool only_values = std::all_of(mismatches_.begin(), mismatches_.end(),
+                                       [](const auto& mismatch) { return mismatch.only_values; });
+  out << "the replay of " << segment.name()
+      << (only_values
+              ? " computes other values than its forward did (determinism_check=\"bitwise\"; "
+              : " saves other tensors than its forward did.");
+  if (only_values) {
+    const auto equal = g_equal_replays.load(std::memory_order_relaxed);
+    out << equal << (equal == 1 ? " replay was" : " replays were") << " equal before).";
+  }
   constexpr size_t kShown = 8;
   for (size_t i = 0; i < mismatches_.size() && i < kShown; ++i) {
     const auto& mismatch = mismatches_[i];
@@ -280,9 +343,16 @@ std::string Replay::mismatch_message(Segment& segment) const {
       slot = segment.slots_[mismatch.position];
       expected = TensorMeta::of(slot, segment.sizes_);
     }
-    out << "\n  position " << mismatch.position << ", saved at " << host().describe(slot.where)
-        << "\n    expected: " << expected.describe()
-        << "\n    found:    " << mismatch.found.describe();
+    out << "\n  position " << mismatch.position << ", saved at " << host().describe(slot.where);
+    if (mismatch.module.has_value() && !mismatch.module->empty()) {
+      out << ", in " << *mismatch.module;
+    }
+    out << "\n    expected: " << expected.describe();
+    if (mismatch.only_values) {
+      out << " with the bits of the forward\n    found:    other bits";
+    } else {
+      out << "\n    found:    " << mismatch.found.describe();
+    }
   }
   if (mismatches_.size() > kShown) {
     out << "\n  and " << mismatches_.size() - kShown << " more";

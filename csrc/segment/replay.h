@@ -55,6 +55,7 @@
 #include <thread>
 #include <vector>
 
+#include "fingerprint/value_notes.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
 #include "torch_compat.h"
@@ -111,11 +112,18 @@ class Replay final : public c10::intrusive_ptr_target {
   struct Mismatch {
     uint32_t position;
     TensorMeta found;
+    bool only_values;  // shape, dtype and device are equal
+    // Where in fn's modules the replay was; not asked yet, or "" if that is not known.
+    std::optional<std::string> module;
   };
 
   // Throws if the finished run does not match the forward.
   void check(Segment& segment);
   std::string mismatch_message(Segment& segment) const;
+  // Compares with what the forward noted.
+  void compare_values(Segment& segment, const std::vector<ValueNotes::Note>& notes);
+  // Says of the mismatches found last which module is running.
+  void locate_mismatches(Segment& segment);
   [[noreturn]] void fail(Segment& segment, const std::string& message) const;
 
   compat::ReplayKey key_;
@@ -153,6 +161,7 @@ class Replay final : public c10::intrusive_ptr_target {
   size_t slots_at_start_ = 0;
   bool forward_was_done_ = false;
   std::vector<Mismatch> mismatches_;
+  ValueNotes value_notes_;
   std::string failure_;  // an error that was raised inside fn
   std::atomic<bool> stopped_{false};
   bool stop_at_next_ = false;  // all is offered, the last one may not be filled yet

@@ -49,10 +49,9 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
       entry.inference = input;
     } else {
       entry.saved = ag::SavedVariable(input, /*is_output=*/false);
-      if (input.requires_grad() && !input.is_leaf()) {
-        entry.version = ag::impl::version_counter(input);
-        entry.saved_version = entry.version.current_version();
-      }
+      entry.version = ag::impl::version_counter(input);
+      entry.saved_version = entry.version.current_version();
+      entry.has_history = input.requires_grad() && !input.is_leaf();
     }
     if (input.has_storage()) {
       segment->input_storages_.push_back(input.storage().unsafeGetStorageImpl());
@@ -68,6 +67,9 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     segment->stash_.stamp();
   }
   segment->reached_.note(reached);
+  if (options.check_values) {
+    segment->value_notes_ = std::make_unique<ValueNotes>();
+  }
   return segment;
 }
 
@@ -93,12 +95,15 @@ void Segment::end_forward() {
   for (auto& input : inputs_) {
     // Changed in place, it has a history inside of this segment's own graph: kept,
     // it would close a cycle that nobody frees. No replay can use it anyway.
-    if (input.version.enabled() && input.version.current_version() != input.saved_version) {
+    if (input.has_history && input.version.current_version() != input.saved_version) {
       input.saved = ag::SavedVariable();
       input.changed_inside = true;
     }
   }
   reached_.settle();
+  if (value_notes_) {
+    write_fingerprints(value_notes_->finish());
+  }
   RngSnapshot needed;
   if (options_.preserve_rng_state) {
     needed = stash_.needed_by_a_replay(devices_);
@@ -177,14 +182,29 @@ uint32_t Segment::record(const at::Tensor& tensor) {
     slot.saved_version = slot.version.current_version();
   }
 
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   note_device(slot.device);
   slot.first_size = static_cast<uint32_t>(sizes_.size());
   sizes_.insert(sizes_.end(), sizes.begin(), sizes.end());
   slots_.push_back(std::move(slot));
   ++live_;
   bytes_not_saved_ += bytes;
-  return static_cast<uint32_t>(slots_.size() - 1);
+  const auto index = static_cast<uint32_t>(slots_.size() - 1);
+  if (value_notes_) {
+    lock.unlock();
+    write_fingerprints(value_notes_->add(index, tensor, at::sequence_number::peek()));
+  }
+  return index;
+}
+
+void Segment::write_fingerprints(const std::vector<ValueNotes::Note>& notes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [position, value] : notes) {
+    if (fingerprints_.size() <= position) {
+      fingerprints_.resize(position + 1);
+    }
+    fingerprints_[position] = value;
+  }
 }
 
 SourceLocation Segment::where_is(uint64_t node) {
@@ -467,11 +487,24 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
     const Input& input = inputs_[i];
     if (input.changed_inside) {
       host().throw_checkpoint_error(c10::str(
-          "torch_reprise: ", name(), " changed tensor argument ", i,
+          "torch_reprise: ", name(), " changed ", program_->input_name(i),
           " in place: what backward needs was modified by an inplace operation, and the function "
           "cannot be called again with the value that it was given. Change a copy inside of it."));
     }
-    inputs.push_back(input.inference.defined() ? input.inference : input.saved.unpack());
+    if (input.inference.defined()) {
+      inputs.push_back(input.inference);
+      continue;
+    }
+    if (checks_versions_ && input.version.enabled() &&
+        input.version.current_version() != input.saved_version) {
+      host().throw_checkpoint_error(
+          c10::str("torch_reprise: ", program_->input_name(i), " of ", name(),
+                   " was modified by an inplace operation after the forward: it was at version ",
+                   input.saved_version, " and is at version ", input.version.current_version(),
+                   ". The function cannot be called again with the value that it was given. "
+                   "Change a copy instead, or change it after backward."));
+    }
+    inputs.push_back(input.saved.unpack());
   }
   return inputs;
 }

@@ -45,6 +45,7 @@
 
 #include "ambient/ambient_state.h"
 #include "effects/reached_state.h"
+#include "fingerprint/value_notes.h"
 #include "host.h"
 #include "rng/rng_snapshot.h"
 #include "segment/recorder.h"
@@ -75,8 +76,17 @@ class Program {
   // "Block.forward" or the like, for messages and tables.
   virtual std::string name() const = 0;
 
+  // How the user knows a tensor argument: "argument 1", "keyword argument 'mask'[0]".
+  virtual std::string input_name(size_t index) const {
+    return "tensor argument " + std::to_string(index);
+  }
+
   // Where fn reaches a tensor that is no argument, for messages; "" if it does not.
   virtual std::string where_reached(const c10::TensorImpl*) const { return {}; }
+
+  // The module of fn that is running on this thread, as "Block.mlp.fc1 (Linear)"; "" if
+  // that is not known.
+  virtual std::string running_module() const { return {}; }
 
   // More about a failed replay, to be put below the message; "" if nothing.
   virtual std::string explain_mismatch() const { return {}; }
@@ -94,6 +104,7 @@ struct SegmentOptions {
   bool preserve_rng_state = true;
   bool early_stop = true;
   bool check_determinism = true;  // shapes, dtypes, devices
+  bool check_values = false;      // bits, by fingerprints
   bool check_rng = true;          // where the replay leaves the generators
   bool check_versions = true;     // in-place changes of tensors that were saved
 };
@@ -156,6 +167,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // Recomputes one slot; nothing is kept.
   at::Tensor replay_one(std::unique_lock<std::mutex>& lock, uint32_t index);
   void wait_for_replay(std::unique_lock<std::mutex>& lock, std::thread::id runner);
+  void write_fingerprints(const std::vector<ValueNotes::Note>& notes);
   // Throws if the tensor of a slot was changed in place since it was saved: the
   // check that autograd makes where it keeps the tensor.
   void check_version(std::unique_lock<std::mutex>& lock, uint32_t index);
@@ -192,14 +204,16 @@ class Segment final : public c10::intrusive_ptr_target {
   // Written at begin and end of the forward, read-only after.
   ReachedState reached_;
 
+  std::unique_ptr<ValueNotes> value_notes_;  // while the forward runs, if values are checked
+
   // The tensor arguments. Read-only after the forward: unpacking changes nothing.
   struct Input {
     torch::autograd::SavedVariable saved;
     at::Tensor inference;  // defined where SavedVariable refuses
-    // Of arguments with a history: fn must not change them in place.
     c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
     uint32_t saved_version = 0;
-    bool changed_inside = false;
+    bool has_history = false;     // fn must not change it in place
+    bool changed_inside = false;  // it did
   };
   std::vector<Input> inputs_;
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
@@ -216,7 +230,8 @@ class Segment final : public c10::intrusive_ptr_target {
   std::condition_variable replay_done_;
   // Guarded by mutex_.
   std::vector<Slot> slots_;
-  std::vector<int64_t> sizes_;  // of all slots, see Slot::first_size
+  std::vector<int64_t> sizes_;                         // of all slots, see Slot::first_size
+  std::vector<std::optional<uint64_t>> fingerprints_;  // by slot; empty unless checked
   uint32_t live_ = 0;
   bool forward_done_ = false;
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once

@@ -37,6 +37,7 @@ from .rng import DefaultDeviceType, get_device_states, set_device_states  # noqa
 from .sequential import checkpoint_sequential  # noqa: E402
 
 _C.set_checkpoint_error(CheckpointError)
+_compat.allow_transforms_inside()
 _C.set_group_type(GraphExecGroup)
 # Lines of these files are not what a user looks for in an error message.
 _C.set_internal_paths([_compat.torch_directory(), *_compat.own_files()])

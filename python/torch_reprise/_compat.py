@@ -6,6 +6,7 @@ loudly when one of them goes away.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _C
 
@@ -89,6 +91,12 @@ class _Storage(dict[int, Any]):
         self._additions = additions
 
     def __setitem__(self, index: int, value: Any) -> None:
+        if value is torch_checkpoint._CONSUMED:
+            # It was taken for a replay. Backward may come again: with retain_graph, from a gradient
+            # of a gradient, or when somebody merely looks at a saved tensor.
+            if not _C.graph_is_retained():
+                super().__setitem__(index, value)
+            return
         hooks, after = self._additions.hooks, self._additions.after
 
         def wrap(entry: Any) -> Any:
@@ -100,21 +108,56 @@ class _Storage(dict[int, Any]):
         super().__setitem__(index, torch.utils._pytree.tree_map(wrap, value))
 
 
-def support_selective(context: object, respect: bool | None, preserve_rng_state: bool) -> None:
-    """Makes a forward context of selective checkpointing do two more things.
+@functools.cache
+def _passing_cached_casts(mode_type: type[TorchDispatchMode]) -> type[TorchDispatchMode]:
+    """The same mode, which does not see autocast's casts of leaves.
+
+    Autocast keeps these in a cache: the forward of a segment takes the one that was made by a
+    segment before, the replay makes its own. Neither saved nor counted, they may differ.
+    """
+    if issubclass(mode_type, _PassesCachedCasts):
+        return mode_type
+    return type(mode_type.__name__, (_PassesCachedCasts, mode_type), {})
+
+
+class _PassesCachedCasts(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            func is torch.ops.aten._to_copy.default
+            and args[0].is_leaf
+            and args[0].requires_grad
+            and (kwargs or {}).get("dtype") in (torch.bfloat16, torch.float16)
+        ):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def support_selective(
+    context: object, replay: object, respect: bool | None, preserve_rng_state: bool
+) -> None:
+    """Makes the contexts of selective checkpointing do four more things.
 
     Saved outputs go through the user's saved-tensor hooks, if ``respect``; torch
     2.14 has this in its own mode object, as an attribute, 2.13 does not.
 
     And an operator whose output is served from the cache leaves the generators
     where it left them in the forward, so that later draws of the replay are
-    those of the forward. torch 2.13 and 2.14 call the mode's ``policy_fn`` right
+    those of the forward.
+
+    What a replay took from the cache stays there for as long as backward may come again (torch
+    raises at the second backward), and casts that autocast caches pass
+    (:class:`_PassesCachedCasts`).
+
+    torch 2.13 and 2.14 call the mode's ``policy_fn`` right
     after the operator ran and right before its output is put into ``storage``, a
     ``defaultdict`` of dicts by operator.
     """
     if not is_selective(context):
         return
     mode: Any = context
+    for each in (mode, replay):
+        if isinstance(each, TorchDispatchMode):
+            each.__class__ = _passing_cached_casts(type(each))
     hooks = None
     if hasattr(mode, "respect_saved_tensors_hooks"):
         mode.respect_saved_tensors_hooks = respect
@@ -139,3 +182,38 @@ def rng_snapshot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The default generators and those among an operator's arguments, where they are now."""
     explicit = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)]
     return _C.RngSnapshot.capture([*_C.default_generators(), *explicit])
+
+
+def allow_transforms_inside() -> None:
+    """Lets ``torch.func`` transforms begin inside of a segment.
+
+    They refuse to while there are saved-tensor hooks, which a running segment has. What they save is
+    theirs and is gone when they end, so our hooks step aside; the user's are refused as always.
+    torch 2.13 and 2.14: ``torch._functorch.vmap`` calls ``disable_saved_tensors_hooks``, which calls
+    these two.
+    """
+    autograd: Any = torch._C._autograd
+    disable, enable = (
+        autograd._saved_tensors_hooks_disable,
+        autograd._saved_tensors_hooks_enable,
+    )
+    if getattr(disable, "_torch_reprise", False):
+        return
+
+    @functools.wraps(disable)
+    def disable_after_hiding(message: str, *args: Any, **kwargs: Any) -> None:
+        _C.hide_own_hooks()
+        try:
+            disable(message, *args, **kwargs)
+        except BaseException:
+            _C.show_own_hooks()
+            raise
+
+    @functools.wraps(enable)
+    def enable_and_show() -> None:
+        enable()
+        _C.show_own_hooks()
+
+    disable_after_hiding._torch_reprise = True  # type: ignore[attr-defined]
+    autograd._saved_tensors_hooks_disable = disable_after_hiding
+    autograd._saved_tensors_hooks_enable = enable_and_show

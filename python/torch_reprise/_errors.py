@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,3 +56,26 @@ def require_generators(name: str, value: Any) -> tuple[torch.Generator, ...]:
                 f"{type(generator).__name__}: {generator!r:.100}"
             )
     return found
+
+
+def running_module() -> str:
+    """The innermost module that this thread runs, from the outermost one of the replay on.
+
+    ``"Block.mlp.fc1 (Linear)"``; empty if no module is running. Looks at frames, for messages.
+    """
+    modules: list[torch.nn.Module] = []
+    frame: FrameType | None = sys._getframe(1)
+    # Above the call of the engine are the modules of whoever calls backward.
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and not (modules and modules[-1] is owner):
+            modules.append(owner)
+        frame = frame.f_back
+    if not modules:
+        return ""
+    modules.reverse()
+    path = type(modules[0]).__name__
+    for outer, inner in zip(modules, modules[1:], strict=False):
+        name = next((n for n, m in outer.named_modules() if m is inner), type(inner).__name__)
+        path += f".{name}"
+    return path if len(modules) == 1 else f"{path} ({type(modules[-1]).__name__})"

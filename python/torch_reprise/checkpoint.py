@@ -47,7 +47,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _early_stop: ContextVar[bool | None] = ContextVar("torch_reprise.early_stop", default=None)
 
-DETERMINISM_CHECKS = ("default", "none")
+DETERMINISM_CHECKS = ("default", "none", "bitwise")
 AMBIENT_POLICIES = {"restore": 0, "check": _C.AMBIENT_CHECK, "ignore": _C.AMBIENT_IGNORE}
 
 
@@ -156,6 +156,8 @@ def _flags(
         flags |= _C.CHECK_DETERMINISM
         if check_rng:
             flags |= _C.CHECK_RNG
+    if determinism_check == "bitwise":
+        flags |= _C.CHECK_VALUES
     return flags
 
 
@@ -166,7 +168,7 @@ def _with_selective_support(
 
     def contexts() -> Contexts:
         forward, replay = make_contexts(context_fn)
-        _compat.support_selective(forward, respect_hooks, preserve_rng_state)
+        _compat.support_selective(forward, replay, respect_hooks, preserve_rng_state)
         return forward, replay
 
     return contexts
@@ -282,6 +284,10 @@ def checkpoint(
             :func:`create_selective_checkpoint_contexts`). use_reentrant=False only.
         determinism_check: ``"default"`` compares shape, dtype and device of every
             recomputed tensor with the forward's, ``"none"`` only their number.
+            ``"bitwise"`` (not in torch) compares their values too, by a 64-bit
+            fingerprint of each, and with use_reentrant=True those of the outputs: it
+            reads every saved tensor once more in forward and replay, on a CUDA device
+            waiting for it.
         debug: adds the operators of forward and replay to the error of a replay
             that does not match. use_reentrant=False only; works together with
             ``context_fn`` (torch refuses that).
