@@ -1,4 +1,4 @@
-"""`determinism_check="bitwise"`: a replay that computes other values is an error that says where."""
+"""`determinism_check="bitwise"`: other values in a replay are an error that says where."""
 
 from __future__ import annotations
 

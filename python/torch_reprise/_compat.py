@@ -109,7 +109,7 @@ class _Storage(dict[int, Any]):
 
 
 @functools.cache
-def _passing_cached_casts(mode_type: type[TorchDispatchMode]) -> type[TorchDispatchMode]:
+def _passing_cached_casts(mode_type: Any) -> Any:
     """The same mode, which does not see autocast's casts of leaves.
 
     Autocast keeps these in a cache: the forward of a segment takes the one that was made by a
@@ -157,7 +157,8 @@ def support_selective(
     mode: Any = context
     for each in (mode, replay):
         if isinstance(each, TorchDispatchMode):
-            each.__class__ = _passing_cached_casts(type(each))
+            mode_type: Any = type(each)
+            each.__class__ = _passing_cached_casts(mode_type)
     hooks = None
     if hasattr(mode, "respect_saved_tensors_hooks"):
         mode.respect_saved_tensors_hooks = respect
@@ -187,10 +188,10 @@ def rng_snapshot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def allow_transforms_inside() -> None:
     """Lets ``torch.func`` transforms begin inside of a segment.
 
-    They refuse to while there are saved-tensor hooks, which a running segment has. What they save is
-    theirs and is gone when they end, so our hooks step aside; the user's are refused as always.
-    torch 2.13 and 2.14: ``torch._functorch.vmap`` calls ``disable_saved_tensors_hooks``, which calls
-    these two.
+    They refuse to while there are saved-tensor hooks, which a running segment has. What they save
+    is theirs and is gone when they end, so our hooks step aside; the user's are refused as always.
+    torch 2.13 and 2.14: ``torch._functorch.vmap`` calls ``disable_saved_tensors_hooks``, which
+    calls these two.
     """
     autograd: Any = torch._C._autograd
     disable, enable = (

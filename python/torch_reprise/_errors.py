@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable
 from types import FrameType
@@ -75,7 +76,7 @@ def running_module() -> str:
         return ""
     modules.reverse()
     path = type(modules[0]).__name__
-    for outer, inner in zip(modules, modules[1:], strict=False):
+    for outer, inner in itertools.pairwise(modules):
         name = next((n for n, m in outer.named_modules() if m is inner), type(inner).__name__)
         path += f".{name}"
     return path if len(modules) == 1 else f"{path} ({type(modules[-1]).__name__})"
