@@ -179,6 +179,9 @@ class Search {
   void item(PyObject* object, PyObject* name, bool certain) {
     switch (kind_of(object)) {
       case Kind::kOther:
+        if (PyFunction_Check(object) && is_new(object)) {
+          function(object);  // which the callable may call
+        }
         return;
       case Kind::kGenerator:
         reach_.generators.push_back(*as_generator(object));
@@ -254,8 +257,6 @@ class Search {
         value(content, name, true);
         if (kind_of(content) == Kind::kOther && is_object_with_attributes(content)) {
           object_with_attributes(content, false);
-        } else if (PyFunction_Check(content) && is_new(content)) {
-          function(content);
         }
       }
     }

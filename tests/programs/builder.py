@@ -111,6 +111,7 @@ class Builder:
         self.modules: dict[str, str] = {}
         self.params: dict[tuple[int, ...], list[str]] = {}
         self.roots: list[tuple[str, str]] = []  # outputs and what the loss multiplies them with
+        self.state: list[str] = []  # what a program changes besides computing
         self.count = 0
 
     @property
@@ -226,6 +227,13 @@ class Builder:
             self.setup.append(f"{name} = {expression}")
             self.modules[expression] = name
             self.leaves.append(name)
+        return name
+
+    def counter(self) -> str:
+        """A tensor that one place of the program reads and changes in place."""
+        (name,) = self.names(1, "c")
+        self.setup.append(f"{name} = torch.zeros({self.D}, dtype={self.dtype})")
+        self.state.append(name)
         return name
 
     def index(self) -> str:

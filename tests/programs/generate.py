@@ -83,6 +83,9 @@ class Generator(Builder):
             self.autocast_region(depth)
         elif roll < 0.29 and not self.reentrant:
             self.saved_tensor_hooks(depth)
+        elif roll < 0.33:
+            dtype, scale = self.rng.choice(["float32", "float64"]), self.rng.choice([0.75, 1.5])
+            self.within(f"with settings(torch.{dtype}, {scale}):", "settings", depth)
         else:
             self.operation()
 
@@ -388,6 +391,9 @@ class Generator(Builder):
             else:
                 self.statement(depth)
         write_plan(self)
+        for name in self.state:
+            buffers = f"list({name}.buffers())" if name.startswith("m") else name
+            self.emit(f"rec('state of {name}', {buffers})")
         head: list[Node] = [f"torch.manual_seed({self.seed})"]
         return Program(self.seed, head + self.setup + self.main, self.features, self.reentrant)
 

@@ -109,6 +109,28 @@ def linear(g: Builder) -> Var:
     return g.bind(form, fresh=True)
 
 
+@op(weight=2, autocast=False)
+def batch_norm(g: Builder) -> Var:
+    module = g.module(f"nn.BatchNorm1d({g.D}, dtype={g.dtype})")
+    if module not in g.state:
+        g.state.append(module)
+    return g.bind(f"{module}({g.real()}.transpose(1, 2)).transpose(1, 2).contiguous()")
+
+
+@op(weight=2)
+def count(g: Builder) -> Var:
+    counter = g.counter()
+    result = g.bind(f"{g.real()} * (1.0 + {counter}.clone())")
+    with g.block("with torch.no_grad():"):
+        g.emit(f"{counter}.add_(0.125)")
+    return result
+
+
+@op(weight=2)
+def setting(g: Builder) -> Var:
+    return g.bind(f"{g.real()} * torch.linspace(0.5, SCALE.get(), {g.D}).sum().to({g.dtype}) * 0.2")
+
+
 @op(weight=2)
 def mlp(g: Builder) -> Var:
     wide = 2 * g.D

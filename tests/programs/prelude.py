@@ -6,9 +6,11 @@ checkpointed.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -146,7 +148,23 @@ def penalty(grads: Any) -> Tensor:
     return total
 
 
+SCALE: contextvars.ContextVar[float] = contextvars.ContextVar("SCALE", default=1.0)
+
+
+@contextlib.contextmanager
+def settings(dtype: torch.dtype, scale: float) -> Iterator[None]:
+    """What `linspace` and `SCALE` see, for a part of the forward."""
+    before, token = torch.get_default_dtype(), SCALE.set(scale)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        SCALE.reset(token)
+
+
 NAMES: dict[str, Any] = {
+    "SCALE": SCALE,
     "torch": torch,
     "nn": nn,
     "F": F,
@@ -155,7 +173,7 @@ NAMES: dict[str, Any] = {
         thing.__name__: thing
         for thing in (
             *(Pair, Box, Call, Enter, SavesOutput, SavesMany, SavesDraw, ScalesInPlace),
-            *(hook, local_grad, penalty, same_layout_copy),
+            *(hook, local_grad, penalty, same_layout_copy, settings),
         )
     },
 }
