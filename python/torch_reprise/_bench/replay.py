@@ -28,6 +28,7 @@ COLUMNS = ("measurement", "program", "variant", "statistic", "value", "unit")
 COMMAND = Command(
     "replay",
     "Cost of the ambient state, of buffers and versions, and of the bitwise comparison.",
+    target_s=0.08,
     draws=False,
 )
 
