@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <functional>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -247,6 +248,37 @@ TEST(a_recording_has_a_row_for_each_segment) {
   EXPECT_EQ(row.replays, 1u);
   EXPECT(row.slots > 4);
   EXPECT(row.generators == std::vector<std::string>{"cpu"});
+}
+
+TEST(memory_that_runs_out_in_a_replay_leaves_nothing_behind) {
+  const NothingAlive at_the_end;
+  const Tensors inputs = {leaf({3, 4}), leaf({4, 4})};
+  for (int fail_at = 2; fail_at < 4; ++fail_at) {
+    int calls = 0;
+    const Function function = [&calls, fail_at](const Tensors& in) {
+      if (++calls == fail_at) {
+        at::rand({3});
+        throw std::bad_alloc();
+      }
+      return mixing(in);
+    };
+    at::manual_seed(5);
+    const auto output = checkpoint(function, inputs);
+    const auto state = cpu_state();
+    bool failed = false;
+    for (int i = 0; i < 3; ++i) {
+      try {
+        gradients(output, inputs, /*keep_graph=*/true);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+      EXPECT(at::equal(cpu_state(), state));
+    }
+    EXPECT(failed);
+    at::manual_seed(5);
+    const auto expected = gradients(mixing(inputs)[0], inputs);
+    EXPECT(same(gradients(output, inputs, /*keep_graph=*/true), expected));
+  }
 }
 
 TEST_MAIN()
