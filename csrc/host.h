@@ -10,11 +10,13 @@
 // named virtuals is cheaper to call and is the whole list in one place.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/SafePyObject.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -71,6 +73,10 @@ class Host {
   // behaviour without any.
   virtual bool is_default_device_mode(const c10::SafePyObject& mode) noexcept = 0;
   virtual std::shared_ptr<c10::SafePyObject> cpu_device_mode() = 0;
+
+  // The fingerprint of a tensor subclass that only its own language can take apart
+  // (jagged nested tensors), from those of its parts; nothing if that is not possible.
+  virtual std::optional<uint64_t> fingerprint_of_parts(const at::Tensor& tensor) noexcept = 0;
 
   // Will the end of this GraphExecGroup be told to end_group()?
   virtual bool reports_its_end(PyObject* group) noexcept = 0;

@@ -126,3 +126,16 @@ def test_shapes_are_still_compared() -> None:
     function = Changing(lambda x: torch.exp(x), lambda x: torch.exp(x[:2]))
     out = bitwise()(function, leaf(3))
     assert "saves other tensors" in message_of(CheckpointError, lambda: out.sum().backward())
+
+
+def test_other_values_in_a_jagged_tensor() -> None:
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+    def times(factor: float) -> Any:
+        return lambda x: (jagged * factor * torch.tanh(x)).sin().values()
+
+    out = bitwise()(Changing(times(1.0), times(1.5)), leaf(1, 3))
+    text = message_of(CheckpointError, lambda: out.sum().backward())
+    assert "computes other values" in text and "symbolic" in text
+    bitwise()(times(1.0), leaf(1, 3)).sum().backward()

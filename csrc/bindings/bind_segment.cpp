@@ -10,6 +10,7 @@
 #include "bindings/python_program.h"
 #include "bindings/reach.h"
 #include "bindings/source_location.h"
+#include "fingerprint/element_hash.h"
 #include "fingerprint/fingerprint.h"
 #include "segment/ledger.h"
 #include "segment/reentrant.h"
@@ -244,6 +245,7 @@ void bind_segment(py::module_& module) {
   module.def(
       "fingerprint", [](const at::Tensor& tensor) { return fingerprint(tensor); },
       py::call_guard<py::gil_scoped_release>());
+  module.def("combine_fingerprints", &element_hash::combine);
   module.def("is_recomputing", [] { return ReplayMark::active(); });
   module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });
   module.def("hide_own_hooks", &compat::hide_own_hooks);

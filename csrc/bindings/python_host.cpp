@@ -194,6 +194,25 @@ class PythonHost final : public Host {
     return std::make_shared<c10::SafePyObject>(mode.release(), getPyInterpreter());
   }
 
+  std::optional<uint64_t> fingerprint_of_parts(const at::Tensor& tensor) noexcept override {
+    WithInterpreter lock;
+    PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+    PyErr_Fetch(&type, &value, &traceback);
+    std::optional<uint64_t> found;
+    const Ref module = Ref::steal(PyImport_ImportModule("torch_reprise._parts"));
+    const Ref wrapped = Ref::steal(THPVariable_Wrap(tensor));
+    const Ref result =
+        module && wrapped
+            ? Ref::steal(PyObject_CallMethod(module.get(), "fingerprint", "(O)", wrapped.get()))
+            : Ref();
+    if (result && result.get() != Py_None) {
+      found = PyLong_AsUnsignedLongLong(result.get());
+    }
+    PyErr_Clear();  // a subclass that cannot be taken apart is not compared
+    PyErr_Restore(type, value, traceback);
+    return found;
+  }
+
   bool reports_its_end(PyObject* group) noexcept override {
     WithInterpreter lock;
     return g_group_type != nullptr &&

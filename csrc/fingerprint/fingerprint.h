@@ -27,8 +27,8 @@ namespace reprise {
 //
 // Nothing, if there are no values that could be read:
 //  - subclasses with __torch_dispatch__, jagged nested tensors among them. Where their parts
-//    are, only Python knows: fingerprint what __tensor_flatten__ names, and put
-//    it together with element_hash::combine;
+//    are, only Python knows (value_notes.h asks it): fingerprint what __tensor_flatten__ names, and
+//    put it together with element_hash::combine;
 //  - tensors inside of functorch's transforms or functionalization, fake and meta tensors,
 //    symbolic sizes;
 //  - memory that was freed behind the tensor's back (storage().resize_(0));

@@ -14,8 +14,19 @@
 #include <vector>
 
 #include "fingerprint/fingerprint.h"
+#include "host.h"
 
 namespace reprise {
+
+// The fingerprint, for subclasses that of their parts. Takes the interpreter lock for these.
+inline std::optional<uint64_t> fingerprint_or_parts(const at::Tensor& tensor) {
+  auto value = fingerprint(tensor);
+  if (!value.has_value() && tensor.defined() &&
+      tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
+    value = host().fingerprint_of_parts(tensor);
+  }
+  return value;
+}
 
 class ValueNotes {
  public:
@@ -39,7 +50,7 @@ class ValueNotes {
     }
     auto notes = look_at(ready);
     if (tensor.requires_grad()) {
-      notes.push_back({position, fingerprint(tensor)});
+      notes.push_back({position, fingerprint_or_parts(tensor)});
     }
     return notes;
   }
@@ -67,7 +78,7 @@ class ValueNotes {
   static std::vector<Note> look_at(const std::vector<Waiting>& ready) {
     std::vector<Note> notes;
     for (const auto& [position, tensor] : ready) {
-      notes.push_back({position, fingerprint(tensor)});
+      notes.push_back({position, fingerprint_or_parts(tensor)});
     }
     return notes;
   }

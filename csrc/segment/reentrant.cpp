@@ -72,7 +72,7 @@ ReentrantNode::ReentrantNode(c10::intrusive_ptr<Segment> segment,
   set_next_edges(ag::collect_next_edges(inputs));
   if (segment_->options().check_values) {
     for (const auto& output : outputs) {
-      output_values_.push_back(output.has_value() ? fingerprint(*output) : std::nullopt);
+      output_values_.push_back(output.has_value() ? fingerprint_or_parts(*output) : std::nullopt);
     }
   }
 }
@@ -128,7 +128,8 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
                  " output tensors where its forward returned ", grads.size(), "."));
   }
   for (size_t i = 0; i < output_values_.size(); ++i) {
-    const auto now = output_values_[i].has_value() ? fingerprint(outputs[i]) : std::nullopt;
+    const auto now =
+        output_values_[i].has_value() ? fingerprint_or_parts(outputs[i]) : std::nullopt;
     if (now.has_value() && now != output_values_[i]) {
       host().throw_checkpoint_error(
           c10::str("torch_reprise: the replay of ", segment->name(),
