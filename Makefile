@@ -5,6 +5,7 @@
 #   make test-cudasim   the tests of tests/cudasim: a CUDA torch on a simulated CUDA, without a GPU
 #   make conformance    every case of tests/conformance on torch and on ours, and docs/conformance.md
 #   make soak    the tests that repeat things, for long: 100,000 segments, 3,000 random programs
+#   make sanitize       the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
 #   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
 #                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
@@ -46,7 +47,7 @@ FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak lint format \
+.PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak sanitize lint format \
   bench clean distclean
 
 build: $(BUILD_STAMP)
@@ -99,6 +100,17 @@ soak: build
 	REPRISE_SOAK=100000 REPRISE_PROGRAMS=3000 \
 	  $(BIN)/python -m pytest tests/test_soak.py tests/test_differential.py tests/test_faults.py \
 	  $(PYTEST_ARGS)
+
+# Leaks are not looked for: torch keeps what it has for ever.
+sanitize: build
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DREPRISE_SANITIZE=address,undefined \
+	  -DREPRISE_NATIVE_TESTS=ON -DREPRISE_TEST_DEVICE=OFF
+	@$(BIN)/cmake --build build/sanitize --target \
+	  $(notdir $(basename $(wildcard tests/native/*_test.cpp)))
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/ctest --test-dir build/sanitize --output-on-failure \
+	  --no-tests=error
 
 # The rules above once more, for another torch in another environment.
 test-cudasim:
