@@ -8,7 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <optional>
+#include <utility>
 
 namespace reprise::bindings {
 namespace {
@@ -179,7 +179,7 @@ class Search {
   void item(PyObject* object, PyObject* name, bool certain) {
     switch (kind_of(object)) {
       case Kind::kOther:
-        if (PyFunction_Check(object) && is_new(object)) {
+        if (into_functions_ && PyFunction_Check(object) && is_new(object)) {
           function(object);  // which the callable may call
         }
         return;
@@ -266,6 +266,8 @@ class Search {
         value(defaults, nullptr, false);
       }
     }
+    // Functions among the globals lead into every library that is imported by name.
+    const bool outer = std::exchange(into_functions_, false);
     PyObject* globals = PyFunction_GET_GLOBALS(object);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); ++i) {
       PyObject* name = PyTuple_GET_ITEM(code->co_names, i);
@@ -273,6 +275,7 @@ class Search {
         value(global, name, true);
       }
     }
+    into_functions_ = outer;
   }
 
   static bool is_object_with_attributes(PyObject* object) {
@@ -404,6 +407,7 @@ class Search {
   Reach& reach_;
   const c10::TensorImpl* sought_;
   std::string found_;
+  bool into_functions_ = true;
   c10::SmallVector<PyObject*, 32> seen_;  // a block has tens of modules, not thousands
 };
 

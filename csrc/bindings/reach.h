@@ -3,8 +3,8 @@
 //
 // Looked at: the function's closure, defaults and the globals that its code names; the
 // attributes of the module or object that it belongs to, of modules in any of these
-// places, and of their submodules; functions in any of these places; functools.partial and
-// bound methods are seen through.
+// places, and of their submodules; functions in the closure and in
+// attributes; functools.partial and bound methods are seen through.
 // Containers (list, tuple, dict) are looked into one level deep. What only functions
 // called by it can reach is not found.
 //
