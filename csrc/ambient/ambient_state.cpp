@@ -1,6 +1,7 @@
 #include "ambient/ambient_state.h"
 
 #include <ATen/Context.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -15,25 +16,12 @@ using c10::impl::TorchDispatchModeTLS;
 namespace {
 
 // Can a tensor be on a device of this type? If not, its autocast dtype decides
-// nothing while its autocast is off. Types that torch cannot tell this of, and
-// PrivateUse1, whose backend may come later, count as there.
-bool may_compute(c10::DeviceType type) {
-  switch (type) {
-    case c10::DeviceType::CUDA:
-    case c10::DeviceType::XPU:
-    case c10::DeviceType::MPS:
-    case c10::DeviceType::MTIA:
-    case c10::DeviceType::HPU:
-      return at::globalContext().getAcceleratorHooksInterface(type).isBuilt();
-    default:
-      return true;
-  }
-}
+// nothing while its autocast is off. A backend brings a guard; it may come later.
+bool may_compute(c10::DeviceType type) { return c10::impl::hasDeviceGuardImpl(type); }
 
 struct AutocastDevice {
   c10::DeviceType type;
   c10::DispatchKey key;
-  bool may_compute;
 };
 
 // Two calls into torch per device type and segment would cost more than the rest
@@ -43,8 +31,7 @@ const std::array<AutocastDevice, kAutocastDevices>& autocast_devices() {
     std::array<AutocastDevice, kAutocastDevices> found{};
     for (size_t i = 0; i < found.size(); ++i) {
       const auto type = at::autocast::_AUTOCAST_SUPPORTED_DEVICES[i];
-      found[i] = {type, at::autocast::get_autocast_dispatch_key_from_device_type(type),
-                  may_compute(type)};
+      found[i] = {type, at::autocast::get_autocast_dispatch_key_from_device_type(type)};
     }
     return found;
   }();
@@ -61,7 +48,7 @@ AutocastState AutocastState::current() {
   for (size_t i = 0; i < devices.size(); ++i) {
     const bool on = !excluded.has(devices[i].key);
     state.enabled |= on ? 1u << i : 0u;
-    if (on || devices[i].may_compute) {
+    if (on || may_compute(devices[i].type)) {
       state.dtypes[i] = at::autocast::get_autocast_dtype(devices[i].type);
     }
   }
@@ -91,11 +78,16 @@ void AutocastState::apply(const AutocastState& now) const {
 
 AmbientState AmbientState::capture() {
   AmbientState state;
-  state.flags_ = TorchFlags::current();
-  state.autocast_ = AutocastState::current();
+  state.note();
+  return state;
+}
+
+void AmbientState::note() {
+  flags_ = TorchFlags::current();
+  autocast_ = AutocastState::current();
   for (int64_t i = 0, n = PythonTorchFunctionTLS::stack_len(); i < n; ++i) {
-    state.function_modes_.push_back(PythonTorchFunctionTLS::get_stack_at(i));
-    state.has_default_device_ |= host().is_default_device_mode(*state.function_modes_.back());
+    function_modes_.push_back(PythonTorchFunctionTLS::get_stack_at(i));
+    has_default_device_ |= host().is_default_device_mode(*function_modes_.back());
   }
   if (TorchDispatchModeTLS::any_modes_set(/*skip_infra_modes=*/true)) {
     // get_stack_at counts the infra modes (fake, proxy, functional) first.
@@ -105,10 +97,9 @@ AmbientState AmbientState::capture() {
       infra += TorchDispatchModeTLS::get_mode(key).has_value() ? 1 : 0;
     }
     for (int64_t i = infra, n = TorchDispatchModeTLS::stack_len(); i < n; ++i) {
-      state.dispatch_modes_.push_back(TorchDispatchModeTLS::get_stack_at(i));
+      dispatch_modes_.push_back(TorchDispatchModeTLS::get_stack_at(i));
     }
   }
-  return state;
 }
 
 namespace {

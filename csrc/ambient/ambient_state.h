@@ -57,6 +57,8 @@ class AmbientState {
   // Holds nothing: a scope with it changes nothing.
   AmbientState() = default;
   static AmbientState capture();
+  // The same, into this one, which holds nothing yet.
+  void note();
 
   // What of the settings that no context manager ends (of the process, default device)
   // is another now, a line each; empty if nothing is.

@@ -60,7 +60,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->checks_versions_ = options.check_versions && !compat::user_hooks_in_force();
   if (options.ambient != AmbientPolicy::kIgnore) {
-    segment->ambient_ = AmbientState::capture();
+    segment->ambient_.note();
   }
   if (options.preserve_rng_state) {
     segment->stash_ = RngSnapshot::capture_defaults(generators);

@@ -2,9 +2,10 @@
 
 ``python benchmarks/replay.py [--rounds N] [--quick] [--csv FILE]``
 
-* options: a step (forward and backward) of one segment with everything on, without the ambient
-  state (``ambient="ignore"``), without what the function reaches (``preserve_state=False``), and
-  without both; what each adds to the last. For an operator, a module without buffers, one with.
+* options: a segment's share of a step (50 in a row, forward and backward) with everything on,
+  without the ambient state (``ambient="ignore"``), without what the function reaches
+  (``preserve_state=False``), and without both; what each adds to the last. For an operator, a
+  module without buffers, one with.
 * bitwise: bytes a second of the fingerprint beside those of ``copy_`` (which is ``memcpy``, and
   reads and writes), on one thread and on all, for a large tensor; nanoseconds for a small one.
 """
@@ -32,6 +33,7 @@ COMMAND = Command(
     draws=False,
 )
 
+SEGMENTS = 50  # in a row in a step, so that a step is mostly segments
 OPTIONS: dict[str, dict[str, Any]] = {
     "neither": {"ambient": "ignore", "preserve_state": False},
     "ambient state": {"preserve_state": False},
@@ -58,7 +60,9 @@ def added_by_options(
             value = torch.randn(shape, requires_grad=True)
 
             def step(run: Checkpointer, f: Any, x: Tensor) -> None:
-                torch.autograd.backward(run(f, x).sum())
+                for _ in range(SEGMENTS):
+                    x = run(f, x)
+                torch.autograd.backward(x.sum())
 
             thunks = {
                 name: partial(step, Checkpointer(**given), function, value)
@@ -73,10 +77,11 @@ def added_by_options(
             base = times["neither"]
             found[program] = {
                 name: (
-                    Summary.of(series),
+                    Summary(min(series) / SEGMENTS, statistics.median(series) / SEGMENTS),
                     Summary(
-                        min(series) - min(base),
-                        statistics.median(a - b for a, b in zip(series, base, strict=True)),
+                        (min(series) - min(base)) / SEGMENTS,
+                        statistics.median(a - b for a, b in zip(series, base, strict=True))
+                        / SEGMENTS,
                     ),
                 )
                 for name, series in times.items()
@@ -122,7 +127,7 @@ def run(screen: Screen, options: Options) -> Report:
     lines: list[Sequence[object]] = []
     cost = Table(
         "Microseconds that one segment takes longer, forward and replay (min / median)",
-        ("", "step without both", *(name for name in OPTIONS if name != "neither")),
+        ("", "share of a step without both", *(name for name in OPTIONS if name != "neither")),
     )
     for program, variants in steps.items():
         cells = [f"{variants['neither'][0].min * 1e6:.1f}"]
