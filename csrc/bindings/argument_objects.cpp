@@ -79,7 +79,8 @@ void set_content(PyObject* dict, PyObject* content) {
 
 void ArgumentObjects::note(const std::vector<PyObject*>& objects) {
   for (PyObject* object : objects) {
-    PyObject** dict = PyType_Check(object) ? nullptr : _PyObject_GetDictPtr(object);
+    const bool of_many = PyType_Check(object) || PyModule_Check(object);
+    PyObject** dict = of_many ? nullptr : _PyObject_GetDictPtr(object);
     if (dict != nullptr && *dict != nullptr && PyDict_CheckExact(*dict)) {
       noted_.push_back({Ref::borrow(*dict), copy_of(*dict)});
     }

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <unordered_set>
 #include <utility>
 
 namespace reprise::bindings {
@@ -284,10 +285,16 @@ class Search {
 
   // True the first time an object is met.
   bool is_new(PyObject* object) {
+    if (!many_seen_.empty()) {
+      return many_seen_.insert(object).second;
+    }
     if (std::find(seen_.begin(), seen_.end(), object) != seen_.end()) {
       return false;
     }
     seen_.push_back(object);
+    if (seen_.size() == kFew) {
+      many_seen_.insert(seen_.begin(), seen_.end());
+    }
     return true;
   }
 
@@ -408,7 +415,10 @@ class Search {
   const c10::TensorImpl* sought_;
   std::string found_;
   bool into_functions_ = true;
-  c10::SmallVector<PyObject*, 32> seen_;  // a block has tens of modules, not thousands
+  // A block has tens of modules, which a list is best for; a whole model has thousands.
+  static constexpr size_t kFew = 32;
+  c10::SmallVector<PyObject*, kFew> seen_;
+  std::unordered_set<PyObject*> many_seen_;  // in its place from the 32nd on
 };
 
 }  // namespace

@@ -295,10 +295,6 @@ at::Tensor Segment::unpack(uint32_t index) {
   const compat::ReplayKey key = compat::current_replay_key();
   std::unique_lock<std::mutex> lock(mutex_);
   check_version(lock, index);
-  if (key.none()) {
-    // Somebody looks at a saved tensor outside of backward.
-    return replay_one(lock, index);
-  }
   if (at::Tensor values = recomputed(key, index); values.defined()) {
     return values;
   }
@@ -323,6 +319,10 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
   const auto self = c10::intrusive_ptr<Segment>::reclaim_copy(this);
 
   std::unique_lock<std::mutex> lock(mutex_);
+  if (key.none()) {
+    // Somebody looks at a saved tensor outside of backward.
+    return replay_one(lock, index);
+  }
   while (true) {
     if (at::Tensor values = recomputed(key, index); values.defined()) {
       return values;
