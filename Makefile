@@ -47,8 +47,8 @@ FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak sanitize lint format \
-  bench clean distclean
+.PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak \
+  sanitize lint format bench clean distclean
 
 build: $(BUILD_STAMP)
 
@@ -119,8 +119,6 @@ test-cudasim:
 run-cudasim: build $(STAMPS)/cudasim
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/cudasim $(PYTEST_ARGS)
-	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
-	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/conformance -m cuda
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python tests/cudasim/launch.py tests/conformance/run.py --only-cuda \
 	  --save build/conformance-cuda.json

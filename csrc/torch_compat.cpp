@@ -19,6 +19,7 @@
 #include <typeinfo>
 #include <unordered_set>
 
+#include "open_member.h"
 #include "segment/recorder.h"
 
 namespace reprise::compat {
@@ -195,22 +196,8 @@ std::optional<HookPair> hook_pair_below(PyObject* pack_hook) {
 
 namespace {
 
-// The arguments of an explicit instantiation may name private members; what is
-// made of them here is what the friend function returns.
-template <typename Tag, typename Tag::Pointer Member>
-struct Open {
-  friend typename Tag::Pointer member_of(Tag) { return Member; }
-};
-struct EngineOfGenerator {
-  using Pointer = at::mt19937 at::CPUGeneratorImpl::*;
-  friend Pointer member_of(EngineOfGenerator);
-};
-struct DataOfEngine {
-  using Pointer = at::mt19937_data_pod at::mt19937::*;
-  friend Pointer member_of(DataOfEngine);
-};
-template struct Open<EngineOfGenerator, &at::CPUGeneratorImpl::engine_>;
-template struct Open<DataOfEngine, &at::mt19937::data_>;
+REPRISE_OPEN_MEMBER(EngineOfGenerator, at::CPUGeneratorImpl, engine_, at::mt19937)
+REPRISE_OPEN_MEMBER(DataOfEngine, at::mt19937, data_, at::mt19937_data_pod)
 
 }  // namespace
 

@@ -117,17 +117,23 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-@both_forms
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_of_the_forward_is_in_force_in_the_replay(name: str, use_reentrant: bool) -> None:
-    enter, read = SETTINGS[name]
+def watching(read: Callable[[], Any]) -> tuple[list[Any], Callable[[Tensor], Tensor]]:
+    """A function, and what it saw in each of its calls."""
     seen: list[Any] = []
-    outside = read()
 
     def function(x: Tensor) -> Tensor:
         seen.append(read())
         return torch.tanh(x)
 
+    return seen, function
+
+
+@both_forms
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_the_forward_is_in_force_in_the_replay(name: str, use_reentrant: bool) -> None:
+    enter, read = SETTINGS[name]
+    seen, function = watching(read)
+    outside = read()
     x = leaf(3)
     with enter():
         inside = read()
@@ -144,13 +150,8 @@ def test_a_setting_of_backward_is_not_in_force_in_the_replay(
     name: str, use_reentrant: bool
 ) -> None:
     enter, read = SETTINGS[name]
-    seen: list[Any] = []
+    seen, function = watching(read)
     outside = read()
-
-    def function(x: Tensor) -> Tensor:
-        seen.append(read())
-        return torch.tanh(x)
-
     x = leaf(3)
     out = checkpoint(function, x, use_reentrant=use_reentrant).sum()
     with enter():
@@ -313,8 +314,6 @@ def test_check_restores_what_context_managers_end() -> None:
         out.sum().backward()
         return out, grads([x])
 
-    expected = program(lambda function, *args: function(*args))
-    torch.manual_seed(0)
     before = ledger.replays()
     torch.manual_seed(0)
     found = program(Checkpointer(ambient="check"))
@@ -325,12 +324,7 @@ def test_check_restores_what_context_managers_end() -> None:
 
 
 def test_ignore_replays_with_what_is_there() -> None:
-    seen: list[torch.dtype] = []
-
-    def function(x: Tensor) -> Tensor:
-        seen.append(torch.get_default_dtype())
-        return torch.tanh(x)
-
+    seen, function = watching(torch.get_default_dtype)
     with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
         out = Checkpointer(ambient="ignore")(function, leaf(3))
     out.sum().backward()

@@ -13,7 +13,7 @@
 //   settings        of the process (torch_flags.h)
 //
 // Python's context variables are the program's (bindings/python_program.h). What is left
-// alone, and why, is in docs/ambient.md.
+// alone, and why, is in docs/replay.md.
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>

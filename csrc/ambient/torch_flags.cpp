@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "open_member.h"
+
 namespace reprise {
 namespace {
 
@@ -21,51 +23,49 @@ using Precisions =
     std::unordered_map<std::pair<at::Float32Backend, at::Float32Op>, at::Float32Precision,
                        c10::hash<std::pair<at::Float32Backend, at::Float32Op>>>;
 
-// The arguments of an explicit instantiation may name private members; what is made of
-// them here is what the friend function returns.
-template <typename Tag, typename Tag::Pointer Member>
-struct Open {
-  friend typename Tag::Pointer member_of(Tag) { return Member; }
-};
-
-#define REPRISE_OPEN_MEMBER(member, ...)        \
-  struct Member_##member {                      \
-    using Pointer = __VA_ARGS__ at::Context::*; \
-    friend Pointer member_of(Member_##member);  \
-  };                                            \
-  template struct Open<Member_##member, &at::Context::member>;
-
-REPRISE_OPEN_MEMBER(enabled_cudnn, bool)
-REPRISE_OPEN_MEMBER(deterministic_cudnn, bool)
-REPRISE_OPEN_MEMBER(benchmark_cudnn, bool)
-REPRISE_OPEN_MEMBER(benchmark_limit_cudnn, int)
-REPRISE_OPEN_MEMBER(allow_tf32_cudnn, bool)
-REPRISE_OPEN_MEMBER(depthwise_kernel_cudnn, at::CuDNNDepthwiseKernel)
-REPRISE_OPEN_MEMBER(immediate_miopen, bool)
-REPRISE_OPEN_MEMBER(enabled_mkldnn, bool)
-REPRISE_OPEN_MEMBER(deterministic_mkldnn, bool)
-REPRISE_OPEN_MEMBER(allow_tf32_onednn, bool)
-REPRISE_OPEN_MEMBER(enabled_nnpack, bool)
-REPRISE_OPEN_MEMBER(_deterministic_algorithms, bool)
-REPRISE_OPEN_MEMBER(_deterministic_algorithms_warn_only, bool)
-REPRISE_OPEN_MEMBER(_deterministic_fill_uninitialized_memory, bool)
-REPRISE_OPEN_MEMBER(sdp_priority_order, std::array<at::SDPBackend, at::num_sdp_backends>)
-REPRISE_OPEN_MEMBER(enabled_flashSDP, bool)
-REPRISE_OPEN_MEMBER(enabled_fa3SDP, bool)
-REPRISE_OPEN_MEMBER(enabled_mem_efficientSDP, bool)
-REPRISE_OPEN_MEMBER(enabled_mathSDP, bool)
-REPRISE_OPEN_MEMBER(enabled_cudnnSDP, bool)
-REPRISE_OPEN_MEMBER(enabled_overrideable, bool)
-REPRISE_OPEN_MEMBER(allow_fp16_bf16_reduction_mathSDP, bool)
-REPRISE_OPEN_MEMBER(float32_matmul_precision, at::Float32MatmulPrecision)
-REPRISE_OPEN_MEMBER(allow_fp16_reduction_cublas, at::CuBLASReductionOption)
-REPRISE_OPEN_MEMBER(allow_bf16_reduction_cublas, at::CuBLASReductionOption)
-REPRISE_OPEN_MEMBER(allow_fp16_accumulation_cublas, bool)
-REPRISE_OPEN_MEMBER(allow_fp16_reduction_cpu, bool)
-REPRISE_OPEN_MEMBER(linalg_preferred_backend, at::LinalgBackend)
-REPRISE_OPEN_MEMBER(blas_preferred_backend, at::BlasBackend)
-REPRISE_OPEN_MEMBER(rocm_fa_preferred_backend, at::ROCmFABackend)
-REPRISE_OPEN_MEMBER(fp32_precision, Precisions)
+REPRISE_OPEN_MEMBER(Member_enabled_cudnn, at::Context, enabled_cudnn, bool)
+REPRISE_OPEN_MEMBER(Member_deterministic_cudnn, at::Context, deterministic_cudnn, bool)
+REPRISE_OPEN_MEMBER(Member_benchmark_cudnn, at::Context, benchmark_cudnn, bool)
+REPRISE_OPEN_MEMBER(Member_benchmark_limit_cudnn, at::Context, benchmark_limit_cudnn, int)
+REPRISE_OPEN_MEMBER(Member_allow_tf32_cudnn, at::Context, allow_tf32_cudnn, bool)
+REPRISE_OPEN_MEMBER(Member_depthwise_kernel_cudnn, at::Context, depthwise_kernel_cudnn,
+                    at::CuDNNDepthwiseKernel)
+REPRISE_OPEN_MEMBER(Member_immediate_miopen, at::Context, immediate_miopen, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_mkldnn, at::Context, enabled_mkldnn, bool)
+REPRISE_OPEN_MEMBER(Member_deterministic_mkldnn, at::Context, deterministic_mkldnn, bool)
+REPRISE_OPEN_MEMBER(Member_allow_tf32_onednn, at::Context, allow_tf32_onednn, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_nnpack, at::Context, enabled_nnpack, bool)
+REPRISE_OPEN_MEMBER(Member__deterministic_algorithms, at::Context, _deterministic_algorithms, bool)
+REPRISE_OPEN_MEMBER(Member__deterministic_algorithms_warn_only, at::Context,
+                    _deterministic_algorithms_warn_only, bool)
+REPRISE_OPEN_MEMBER(Member__deterministic_fill_uninitialized_memory, at::Context,
+                    _deterministic_fill_uninitialized_memory, bool)
+REPRISE_OPEN_MEMBER(Member_sdp_priority_order, at::Context, sdp_priority_order,
+                    std::array<at::SDPBackend, at::num_sdp_backends>)
+REPRISE_OPEN_MEMBER(Member_enabled_flashSDP, at::Context, enabled_flashSDP, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_fa3SDP, at::Context, enabled_fa3SDP, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_mem_efficientSDP, at::Context, enabled_mem_efficientSDP, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_mathSDP, at::Context, enabled_mathSDP, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_cudnnSDP, at::Context, enabled_cudnnSDP, bool)
+REPRISE_OPEN_MEMBER(Member_enabled_overrideable, at::Context, enabled_overrideable, bool)
+REPRISE_OPEN_MEMBER(Member_allow_fp16_bf16_reduction_mathSDP, at::Context,
+                    allow_fp16_bf16_reduction_mathSDP, bool)
+REPRISE_OPEN_MEMBER(Member_float32_matmul_precision, at::Context, float32_matmul_precision,
+                    at::Float32MatmulPrecision)
+REPRISE_OPEN_MEMBER(Member_allow_fp16_reduction_cublas, at::Context, allow_fp16_reduction_cublas,
+                    at::CuBLASReductionOption)
+REPRISE_OPEN_MEMBER(Member_allow_bf16_reduction_cublas, at::Context, allow_bf16_reduction_cublas,
+                    at::CuBLASReductionOption)
+REPRISE_OPEN_MEMBER(Member_allow_fp16_accumulation_cublas, at::Context,
+                    allow_fp16_accumulation_cublas, bool)
+REPRISE_OPEN_MEMBER(Member_allow_fp16_reduction_cpu, at::Context, allow_fp16_reduction_cpu, bool)
+REPRISE_OPEN_MEMBER(Member_linalg_preferred_backend, at::Context, linalg_preferred_backend,
+                    at::LinalgBackend)
+REPRISE_OPEN_MEMBER(Member_blas_preferred_backend, at::Context, blas_preferred_backend,
+                    at::BlasBackend)
+REPRISE_OPEN_MEMBER(Member_rocm_fa_preferred_backend, at::Context, rocm_fa_preferred_backend,
+                    at::ROCmFABackend)
+REPRISE_OPEN_MEMBER(Member_fp32_precision, at::Context, fp32_precision, Precisions)
 
 struct Flag {
   std::string name;

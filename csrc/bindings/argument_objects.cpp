@@ -109,13 +109,11 @@ ArgumentObjectsScope::~ArgumentObjectsScope() {
   if (replaced_.empty()) {
     return;
   }
-  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-  PyErr_Fetch(&type, &value, &traceback);
+  const ErrorSetAside outer_error;
   for (const auto& [dict, now] : replaced_) {
     PyDict_Clear(dict.get());
     PyDict_Update(dict.get(), now.get());
   }
-  PyErr_Restore(type, value, traceback);
 }
 
 }  // namespace reprise::bindings

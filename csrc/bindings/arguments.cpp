@@ -259,7 +259,7 @@ void Structure::objects(std::vector<PyObject*>& found) const {
   }
 }
 
-std::string Structure::path_of(size_t index) const {
+std::string Structure::path_of(size_t& index) const {
   std::string path;
   size_t node = 0;
   return find(node, index, path) ? path : "";

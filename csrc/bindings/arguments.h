@@ -34,8 +34,9 @@ class Structure {
             std::vector<PyObject*>* others = nullptr);
 
   // How to get from the value to its tensor number `index`: "[2]['mask']"; empty if it
-  // has fewer. Steps through shared containers are those of the first way.
-  std::string path_of(size_t index) const;
+  // has fewer, which are then taken off `index`. Steps through shared containers are those
+  // of the first way.
+  std::string path_of(size_t& index) const;
 
   // Appends the objects that the constructor's `others` got (borrowed), and more.
   void objects(std::vector<PyObject*>& found) const;

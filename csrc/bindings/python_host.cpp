@@ -196,8 +196,8 @@ class PythonHost final : public Host {
 
   std::optional<uint64_t> fingerprint_of_parts(const at::Tensor& tensor) noexcept override {
     WithInterpreter lock;
-    PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-    PyErr_Fetch(&type, &value, &traceback);
+    // A subclass that cannot be taken apart is not compared.
+    const ErrorSetAside outer_error;
     std::optional<uint64_t> found;
     const Ref module = Ref::steal(PyImport_ImportModule("torch_reprise._parts"));
     const Ref wrapped = Ref::steal(THPVariable_Wrap(tensor));
@@ -208,8 +208,6 @@ class PythonHost final : public Host {
     if (result && result.get() != Py_None) {
       found = PyLong_AsUnsignedLongLong(result.get());
     }
-    PyErr_Clear();  // a subclass that cannot be taken apart is not compared
-    PyErr_Restore(type, value, traceback);
     return found;
   }
 

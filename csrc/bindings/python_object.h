@@ -49,6 +49,21 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Sets an error aside for a scope in which Python code may run, and drops
+// one that is left over from it.
+class ErrorSetAside {
+ public:
+  ErrorSetAside() { PyErr_Fetch(&type_, &value_, &traceback_); }
+  ~ErrorSetAside() { PyErr_Restore(type_, value_, traceback_); }
+  ErrorSetAside(const ErrorSetAside&) = delete;
+  ErrorSetAside& operator=(const ErrorSetAside&) = delete;
+
+ private:
+  PyObject* type_ = nullptr;
+  PyObject* value_ = nullptr;
+  PyObject* traceback_ = nullptr;
+};
+
 // Turns the error that is set into a C++ exception that may travel through
 // torch and through threads.
 [[noreturn]] inline void throw_python_error() {

@@ -85,8 +85,7 @@ PythonProgram::~PythonProgram() {
   }
   WithInterpreter lock;
   // Finalizers may run here: an error that is already set must survive them.
-  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-  PyErr_Fetch(&type, &value, &traceback);
+  const ErrorSetAside outer_error;
   function_ = Ref();
   args_.reset();
   kwargs_.reset();
@@ -95,7 +94,6 @@ PythonProgram::~PythonProgram() {
   modules_.clear();
   argument_objects_ = ArgumentObjects();
   context_variables_ = Ref();
-  PyErr_Restore(type, value, traceback);
 }
 
 void PythonProgram::hold(std::vector<Reach::Module>&& modules,
@@ -126,12 +124,10 @@ class TrainingScope {
     if (flipped_.empty()) {
       return;
     }
-    PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-    PyErr_Fetch(&type, &value, &traceback);
+    const ErrorSetAside outer_error;
     for (const auto& [dict, was] : flipped_) {
       PyDict_SetItem(dict.get(), name(), was.get());
     }
-    PyErr_Restore(type, value, traceback);
   }
   TrainingScope(const TrainingScope&) = delete;
   TrainingScope& operator=(const TrainingScope&) = delete;
@@ -157,10 +153,8 @@ class ContextVariablesScope {
   }
   ~ContextVariablesScope() {
     if (context_) {
-      PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-      PyErr_Fetch(&type, &value, &traceback);
+      const ErrorSetAside outer_error;
       PyContext_Exit(context_.get());
-      PyErr_Restore(type, value, traceback);
     }
   }
   ContextVariablesScope(const ContextVariablesScope&) = delete;
@@ -253,16 +247,12 @@ std::string PythonProgram::name() const {
 std::string PythonProgram::input_name(size_t index) const {
   WithInterpreter lock;
   // The positional ones come first: "[1][0]" is argument 1, its element 0.
-  std::string path = args_->path_of(index);
+  size_t left = index;
+  std::string path = args_->path_of(left);
   const char* what = "argument ";
   if (path.empty() && kwargs_) {
-    for (size_t in_args = 0; in_args <= index && path.empty(); ++in_args) {
-      if (args_->path_of(in_args).empty()) {
-        path = kwargs_->path_of(index - in_args);
-        what = "keyword argument ";
-        break;
-      }
-    }
+    path = kwargs_->path_of(left);
+    what = "keyword argument ";
   }
   const auto end = path.find(']');
   if (path.empty() || end == std::string::npos) {
@@ -283,8 +273,7 @@ std::string PythonProgram::where_reached(const c10::TensorImpl* tensor) const {
 
 std::string PythonProgram::running_module() const {
   WithInterpreter lock;
-  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-  PyErr_Fetch(&type, &value, &traceback);
+  const ErrorSetAside outer_error;  // without the module the message only has less in it
   std::string text;
   Ref errors = Ref::steal(PyImport_ImportModule("torch_reprise._errors"));
   Ref path =
@@ -293,8 +282,6 @@ std::string PythonProgram::running_module() const {
   if (utf8 != nullptr) {
     text = utf8;
   }
-  PyErr_Clear();  // only the message has less in it
-  PyErr_Restore(type, value, traceback);
   return text;
 }
 

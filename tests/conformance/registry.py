@@ -6,7 +6,7 @@ import enum
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .implementations import Implementation
 
@@ -128,6 +128,9 @@ class Case:
 CASES: list[Case] = []
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
 def _allowed(options: dict[str, Any]) -> frozenset[Verdict]:
     given: tuple[Verdict, ...] | None = options.pop("allowed", None)
     if given is not None:
@@ -138,21 +141,19 @@ def _allowed(options: dict[str, Any]) -> frozenset[Verdict]:
 
 def case(row: str, title: str, **options: Any) -> Callable[[Program], Program]:
     """Adds the decorated program as a case; the options are the fields of `Case`."""
-    allowed = _allowed(options)
-
-    def add(program: Program) -> Program:
-        CASES.append(Case(row, title, program=program, allowed=allowed, **options))
-        return program
-
-    return add
+    return _adding("program", row, title, options)
 
 
 def check(row: str, title: str, **options: Any) -> Callable[[Check], Check]:
     """Adds the decorated function as a case that judges by itself."""
+    return _adding("check", row, title, options)
+
+
+def _adding(field: str, row: str, title: str, options: dict[str, Any]) -> Callable[[F], F]:
     allowed = _allowed(options)
 
-    def add(function: Check) -> Check:
-        CASES.append(Case(row, title, check=function, allowed=allowed, **options))
+    def add(function: F) -> F:
+        CASES.append(Case(row, title, **{field: function}, allowed=allowed, **options))
         return function
 
     return add
