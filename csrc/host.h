@@ -78,6 +78,11 @@ class Host {
   // (jagged nested tensors), from those of its parts; nothing if that is not possible.
   virtual std::optional<uint64_t> fingerprint_of_parts(const at::Tensor& tensor) noexcept = 0;
 
+  // A function of the host's language, and what it takes, that together do what
+  // `hooks->call_unpack_hook()` does. For compiled autograd, which calls from a graph.
+  virtual HookPair as_function_and_data(
+      std::unique_ptr<torch::autograd::SavedVariableHooks> hooks) = 0;
+
   // Will the end of this GraphExecGroup be told to end_group()?
   virtual bool reports_its_end(PyObject* group) noexcept = 0;
 

@@ -6,6 +6,7 @@
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -140,6 +141,11 @@ HookScope::~HookScope() {
   while (at::SavedTensorDefaultHooks::get_tls_state().stack.size() > depth_) {
     host().take_back(at::SavedTensorDefaultHooks::pop_hooks());
   }
+}
+
+bool is_traced() {
+  using Modes = c10::impl::TorchDispatchModeTLS;
+  return Modes::any_modes_set() && Modes::get_mode(c10::impl::TorchDispatchModeKey::PROXY);
 }
 
 bool user_hooks_in_force() {
@@ -349,6 +355,22 @@ bool is_plain(const at::Tensor& tensor) {
   auto* impl = tensor.unsafeGetTensorImpl();
   return impl->layout() == at::kStrided && impl->has_storage() &&
          !impl->key_set().has_any(watched) && !impl->has_symbolic_sizes_strides();
+}
+
+bool shows_a_leaf(const at::Tensor& tensor) {
+  const auto* meta = ag::impl::get_autograd_meta(tensor);
+  if (meta == nullptr) {
+    return false;
+  }
+  if (!meta->grad_fn_) {
+    return meta->requires_grad_;
+  }
+  const auto* view = ag::impl::get_view_autograd_meta(tensor);
+  if (view == nullptr || !view->has_bw_view()) {
+    return false;
+  }
+  const at::Tensor& base = view->get_backward_view().base_;
+  return base.requires_grad() && base.is_leaf();
 }
 
 at::Tensor values_of(const at::Tensor& tensor) {

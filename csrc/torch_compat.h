@@ -81,6 +81,9 @@ PyObject* top_pack_hook() noexcept;
 // disable_saved_tensors_hooks, or functorch's), or null.
 const std::string* hooks_disabled_message();
 
+// Is a tracer at work that makes a graph of what runs (the autograd of torch.compile, export)?
+bool is_traced();
+
 // Are there saved-tensor hooks on this thread's stack that are not ours?
 bool user_hooks_in_force();
 
@@ -197,5 +200,8 @@ at::Tensor values_of(const at::Tensor& tensor);
 
 // A dense tensor with a storage and without behaviour of its own.
 bool is_plain(const at::Tensor& tensor);
+
+// A leaf that requires grad, or a view of one: a parameter, whose memory is there anyway.
+bool shows_a_leaf(const at::Tensor& tensor);
 
 }  // namespace reprise::compat

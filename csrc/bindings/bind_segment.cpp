@@ -1,9 +1,12 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <memory>
 #include <optional>
+#include <utility>
 
 #include "bindings/bind.h"
+#include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
 #include "bindings/python_host.h"
 #include "bindings/python_object.h"
@@ -16,6 +19,7 @@
 #include "segment/reentrant.h"
 #include "segment/replay.h"
 #include "segment/segment.h"
+#include "segment/timeline.h"
 #include "torch_compat.h"
 
 namespace py = pybind11;
@@ -58,6 +62,14 @@ std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
   return {Ref::borrow(forward), Ref::borrow(replay)};
 }
 
+// What run_segment returns, having done nothing, where a tracer (export, the autograd of
+// torch.compile) is to see torch's own entry instead.
+PyObject* traced_marker() {
+  static PyObject* const marker =
+      PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
+  return marker;
+}
+
 // What a call reaches besides tensors among its arguments. `others`: what else they are;
 // those that the function may change are left. `given`: generators from the user, a
 // tuple or None.
@@ -79,6 +91,34 @@ Reach reach_of(PyObject* function, PyObject* given, long flags, std::vector<PyOb
   return reach;
 }
 
+// A segment whose forward is about to run.
+struct Begun {
+  c10::intrusive_ptr<Segment> segment;
+  PythonProgram* program = nullptr;  // the segment's
+};
+
+Begun begin_segment(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
+                    PyObject* replay_context, bool has_contexts, PyObject* debug_session,
+                    PyObject* generators) {
+  std::vector<at::Tensor> inputs;
+  std::vector<PyObject*> others;
+  auto program = std::make_unique<PythonProgram>(function, args, kwargs, replay_context,
+                                                 debug_session, inputs, others);
+  Reach reach = reach_of(function, generators, flags, others);
+  program->hold(std::move(reach.modules), others, (flags & kAmbientIgnore) == 0);
+  PythonProgram* held = program.get();
+  SegmentOptions options = options_of(flags);
+  // Selective checkpointing has a check of its own, which can be turned off.
+  options.check_versions = !has_contexts;
+  return {Segment::begin(std::move(program), inputs, options, current_depth(), reach.generators,
+                         reach.tensors),
+          held};
+}
+
+// Is nothing of a segment wanted: nothing is saved for a backward, or functorch saves it
+// in its own way?
+bool is_plain_call() { return !c10::GradMode::is_enabled() || compat::inside_functorch(); }
+
 // run_segment(function, args, kwargs, flags, context_fn or None, debug_session or None,
 //             generators: a tuple or None)
 PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
@@ -91,8 +131,10 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   PyObject* args = argv[1];
   PyObject* kwargs = argv[2];
   const long flags = PyLong_AsLong(argv[3]);
-  if (!c10::GradMode::is_enabled() || compat::inside_functorch()) {
-    // Nothing is saved for a backward, or functorch saves it in its own way.
+  if (compat::is_traced()) {
+    return Py_NewRef(traced_marker());
+  }
+  if (is_plain_call()) {
     return PyObject_Call(function, args, kwargs);
   }
   if (const std::string* message = compat::hooks_disabled_message()) {
@@ -104,26 +146,18 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   if (argv[4] != Py_None) {
     std::tie(forward_context, replay_context) = make_contexts(argv[4]);
   }
-  std::vector<at::Tensor> inputs;
-  std::vector<PyObject*> others;
-  auto program =
-      std::make_unique<PythonProgram>(function, args, kwargs, replay_context.get(),
-                                      argv[5] == Py_None ? nullptr : argv[5], inputs, others);
-  Reach reach = reach_of(function, argv[6], flags, others);
-  program->hold(std::move(reach.modules), others, (flags & kAmbientIgnore) == 0);
-  PythonProgram& held = *program;  // the segment's, from now on
-  SegmentOptions options = options_of(flags);
-  // Selective checkpointing has a check of its own, which can be turned off.
-  options.check_versions = argv[4] == Py_None;
-  auto segment = Segment::begin(std::move(program), inputs, options, current_depth(),
-                                reach.generators, reach.tensors);
-  reach = Reach();
-  inputs.clear();
+  const Begun begun =
+      begin_segment(function, args, kwargs, flags, replay_context.get(), argv[4] != Py_None,
+                    argv[5] == Py_None ? nullptr : argv[5], argv[6]);
+  const auto& segment = begun.segment;
   bool suppressed = false;
   Ref result;
   {
     const RowTimer timer(segment->row(), &LedgerRow::forward_seconds);
+    const Timeline::Span span(segment->timeline().get(), Timeline::Kind::kForward,
+                              Timeline::Kind::kForwardEnd);
     compat::HookScope hooks(host().make_hook_pair(c10::make_intrusive<ForwardRecorder>(segment)));
+    const DynamoPaused paused;
     result = call_in_context(forward_context.get(), function, args, kwargs, &suppressed);
   }
   if (suppressed) {
@@ -135,10 +169,65 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   if (!result) {
     return nullptr;
   }
-  held.settle();
+  begun.program->settle();
   segment->end_forward();
   return result.release();
   END_HANDLE_TH_ERRORS
+}
+
+// A segment whose forward somebody else runs, between two calls of ours: hooks of a module
+// (composable checkpointing). On this thread, and properly nested.
+class OpenSegment {
+ public:
+  explicit OpenSegment(Begun begun)
+      : begun_(std::move(begun)),
+        timer_(std::in_place, begun_.segment->row(), &LedgerRow::forward_seconds),
+        span_(std::in_place, begun_.segment->timeline().get(), Timeline::Kind::kForward,
+              Timeline::Kind::kForwardEnd),
+        hooks_(std::in_place,
+               host().make_hook_pair(c10::make_intrusive<ForwardRecorder>(begun_.segment))) {}
+
+  // The forward returned.
+  void end() {
+    stop();
+    begun_.program->settle();
+    begun_.segment->end_forward();
+    begun_ = {};
+  }
+  // It raised.
+  void abandon() {
+    stop();
+    begun_ = {};
+  }
+
+ private:
+  void stop() {
+    hooks_.reset();
+    span_.reset();
+    timer_.reset();
+  }
+
+  Begun begun_;
+  std::optional<RowTimer> timer_;
+  std::optional<Timeline::Span> span_;
+  std::optional<compat::HookScope> hooks_;
+};
+
+// Null where nothing of a segment is wanted.
+std::unique_ptr<OpenSegment> open_segment(const py::object& function, const py::tuple& args,
+                                          const py::dict& kwargs, long flags,
+                                          const py::object& replay_context,
+                                          const py::object& debug_session) {
+  if (is_plain_call()) {
+    return nullptr;
+  }
+  if (const std::string* message = compat::hooks_disabled_message()) {
+    throw std::runtime_error(*message);
+  }
+  return std::make_unique<OpenSegment>(begin_segment(
+      function.ptr(), args.ptr(), kwargs.ptr(), flags,
+      replay_context.is_none() ? nullptr : replay_context.ptr(), !replay_context.is_none(),
+      debug_session.is_none() ? nullptr : debug_session.ptr(), Py_None));
 }
 
 // run_reentrant(function, args, kwargs, flags, generators: a tuple or None)
@@ -152,7 +241,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   PyObject* args = argv[1];
   PyObject* kwargs = argv[2];
   const long flags = PyLong_AsLong(argv[3]);
-  if (!c10::GradMode::is_enabled() || compat::inside_functorch()) {
+  if (is_plain_call()) {
     return PyObject_Call(function, args, kwargs);
   }
   std::vector<at::Tensor> inputs;
@@ -187,7 +276,10 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   Ref result;
   {
     const RowTimer timer(segment->row(), &LedgerRow::forward_seconds);
+    const Timeline::Span span(segment->timeline().get(), Timeline::Kind::kForward,
+                              Timeline::Kind::kForwardEnd);
     const c10::AutoGradMode no_grad(false);
+    const DynamoPaused paused;
     result = Ref::steal(PyObject_Call(function, args, kwargs));
   }
   if (!result) {
@@ -228,6 +320,12 @@ void bind_segment(py::module_& module) {
   if (PyModule_AddFunctions(module.ptr(), g_methods) != 0) {
     throw py::error_already_set();
   }
+  module.attr("TRACED") = py::reinterpret_borrow<py::object>(traced_marker());
+  py::class_<OpenSegment>(module, "OpenSegment")
+      .def("end", &OpenSegment::end)
+      .def("abandon", &OpenSegment::abandon);
+  module.def("open_segment", &open_segment);
+  module.def("is_traced", &compat::is_traced);
   module.attr("EarlyStop") = py::reinterpret_borrow<py::object>(early_stop_type());
   module.attr("PRESERVE_RNG_STATE") = static_cast<long>(kPreserveRngState);
   module.attr("EARLY_STOP") = static_cast<long>(kEarlyStop);

@@ -211,6 +211,19 @@ class PythonHost final : public Host {
     return found;
   }
 
+  HookPair as_function_and_data(
+      std::unique_ptr<torch::autograd::SavedVariableHooks> hooks) override {
+    WithInterpreter lock;
+    auto* holder = PyObject_New(Holder, &g_holder_type);
+    if (holder == nullptr) {
+      throw_python_error();
+    }
+    holder->hooks = hooks.release();
+    Py_INCREF(g_unpack);
+    return {c10::SafePyObject(g_unpack, getPyInterpreter()),
+            c10::SafePyObject(reinterpret_cast<PyObject*>(holder), getPyInterpreter())};
+  }
+
   bool reports_its_end(PyObject* group) noexcept override {
     WithInterpreter lock;
     return g_group_type != nullptr &&

@@ -1,5 +1,6 @@
 #include "bindings/python_program.h"
 
+#include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
 
 namespace reprise::bindings {
@@ -174,6 +175,7 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   const TrainingScope training(modules_);
   const ArgumentObjectsScope objects(argument_objects_);
   const ContextVariablesScope variables(context_variables_.get());
+  const DynamoPaused paused;
   return call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(),
                          suppressed);
 }

@@ -102,8 +102,9 @@ RowTimer::~RowTimer() {
   }
 }
 
-std::shared_ptr<Ledger::Recording> Ledger::start_recording() {
-  auto recording = std::make_shared<Recording>();
+std::shared_ptr<Ledger::Recording> Ledger::start_recording(size_t limit, bool timeline) {
+  auto recording =
+      std::make_shared<Recording>(Recording{limit, timeline, std::chrono::steady_clock::now(), {}});
   auto lock = lock_rows();
   recordings_.push_back(recording);
   n_recordings_.store(static_cast<int>(recordings_.size()), std::memory_order_relaxed);
@@ -118,9 +119,18 @@ void Ledger::stop_recording(const std::shared_ptr<Recording>& recording) {
 }
 
 std::shared_ptr<LedgerRow> Ledger::new_row() {
-  auto row = std::make_shared<LedgerRow>();
+  std::shared_ptr<LedgerRow> row;
   auto lock = lock_rows();
   for (auto& recording : recordings_) {
+    if (recording->rows.size() >= recording->limit) {
+      continue;
+    }
+    if (!row) {
+      row = std::make_shared<LedgerRow>();
+    }
+    if (recording->timeline && !row->timeline) {
+      row->timeline = std::make_shared<Timeline>();
+    }
     recording->rows.push_back(row);
   }
   return row;

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "segment/timeline.h"
+
 namespace reprise {
 
 class Replay;
@@ -24,6 +26,7 @@ class Segment;
 // One segment of a recording. Filled by the segment and its replays, read by
 // whoever recorded; guarded by the ledger's mutex.
 struct LedgerRow {
+  std::shared_ptr<Timeline> timeline;  // null if none was asked for
   std::string name;
   int depth = 0;
   bool reentrant = false;
@@ -60,11 +63,15 @@ class Ledger {
   // A recording gets a row for each segment that begins while it is on.
   // Recordings may overlap; each sees all segments of the process.
   struct Recording {
+    size_t limit;   // rows
+    bool timeline;  // does a row have one?
+    std::chrono::steady_clock::time_point begin;
     std::vector<std::shared_ptr<LedgerRow>> rows;
   };
-  std::shared_ptr<Recording> start_recording();
+  std::shared_ptr<Recording> start_recording(size_t limit, bool timeline);
   void stop_recording(const std::shared_ptr<Recording>& recording);
   bool recording() const { return n_recordings_.load(std::memory_order_relaxed) > 0; }
+  // Null if all recordings have as many rows as they want.
   std::shared_ptr<LedgerRow> new_row();
   // Rows are written and read under this lock.
   std::unique_lock<std::mutex> lock_rows() { return std::unique_lock<std::mutex>(rows_mutex_); }

@@ -12,6 +12,7 @@
 
 #include "segment/ledger.h"
 #include "segment/replay_scope.h"
+#include "segment/timeline.h"
 
 namespace reprise {
 
@@ -83,6 +84,14 @@ void ReentrantNode::release_variables() {
   dropped = std::move(segment_);
 }
 
+void ReentrantNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const {
+  host().throw_checkpoint_error(
+      c10::str("torch_reprise: ", segment_ ? segment_->name() : "a function",
+               " was checkpointed with use_reentrant=True, and its backward runs under compiled "
+               "autograd, which cannot take a backward inside of a backward. Pass "
+               "use_reentrant=False."));
+}
+
 ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   c10::intrusive_ptr<Segment> segment;
   {
@@ -99,6 +108,9 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   }
   Ledger::get().count_replay(segment->row().get());
   std::optional<RowTimer> timer(std::in_place, segment->row(), &LedgerRow::replay_seconds);
+  Timeline* const timeline = segment->timeline().get();
+  std::optional<Timeline::Span> span(std::in_place, timeline, Timeline::Kind::kReplay,
+                                     Timeline::Kind::kReplayEnd);
   std::vector<at::Tensor> inputs = segment->unpack_inputs();
   ag::edge_list input_edges;
   std::vector<c10::intrusive_ptr<GradientSink>> sinks;
@@ -119,6 +131,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     rng_differs = scope.check_generators(/*stopped_early=*/false);
   }
   timer.reset();
+  span.reset();
   if (!rng_differs.empty()) {
     host().throw_checkpoint_error("torch_reprise: " + rng_differs);
   }
@@ -161,6 +174,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
         " requires grad when it is replayed, though backward asks for its gradient. Everything "
         "it returns is detached or was computed under no_grad; call it without checkpoint."));
   }
+  span.emplace(timeline, Timeline::Kind::kBackward, Timeline::Kind::kBackwardEnd);
   ag::variable_list input_grads;
   if (!roots.empty()) {
     outputs.clear();

@@ -42,6 +42,8 @@ class ReentrantNode final : public torch::autograd::Node {
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
   void release_variables() override;
+  // Compiled autograd makes a graph of nodes; this one is none that it could.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override;
   std::string name() const override { return "RepriseCheckpointBackward"; }
 
  private:

@@ -11,6 +11,7 @@
 
 #include "segment/replay_scope.h"
 #include "segment/segment.h"
+#include "segment/timeline.h"
 
 namespace reprise {
 
@@ -43,9 +44,17 @@ class ReplayHooks final : public ag::SavedVariableHooks {
 // Running
 // ---------------------------------------------------------------------------
 
-int& ReplayMark::depth() {
-  thread_local int depth = 0;
-  return depth;
+ReplayMark*& ReplayMark::innermost() {
+  thread_local ReplayMark* innermost = nullptr;
+  return innermost;
+}
+
+Replay::~Replay() {
+  if (holder_) {
+    for (const auto& values : values_) {
+      holder_->drop(values);
+    }
+  }
 }
 
 void Replay::run(Segment& segment) {
@@ -74,6 +83,7 @@ void Replay::run(Segment& segment) {
 }
 
 void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
+  holder_ = segment.holder();
   slots_at_start_ = segment.slots_.size();
   forward_was_done_ = segment.forward_done_;
   values_.resize(slots_at_start_);
@@ -172,6 +182,9 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
       if (wanted_[index]) {
         if (segment.slots_[index].live || key_.none()) {
           values_[index] = values;
+          if (holder_) {
+            holder_->hold(tensor);
+          }
         }
         wanted_[index] = false;
       }
@@ -234,7 +247,7 @@ at::Tensor Replay::hand_over(uint32_t index) {
   if (keep_) {
     return values_[index];
   }
-  at::Tensor values = std::exchange(values_[index], at::Tensor());
+  at::Tensor values = take(index);
   if (!compat::running_node_unpacks_once() && compat::is_plain(values)) {
     handed_over_.push_back(
         {index,
@@ -249,7 +262,13 @@ at::Tensor Replay::hand_over(uint32_t index) {
 }
 
 at::Tensor Replay::take(uint32_t index) {
-  return index < values_.size() ? std::exchange(values_[index], at::Tensor()) : at::Tensor();
+  if (index >= values_.size()) {
+    return at::Tensor();
+  }
+  if (holder_) {
+    holder_->drop(values_[index]);
+  }
+  return std::exchange(values_[index], at::Tensor());
 }
 
 // ---------------------------------------------------------------------------

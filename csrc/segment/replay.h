@@ -50,9 +50,11 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "fingerprint/value_notes.h"
@@ -63,18 +65,25 @@
 namespace reprise {
 
 class Segment;
+class Timeline;
 
 // Marks this thread as replaying for a scope, in both forms.
 class ReplayMark {
  public:
-  ReplayMark() { ++depth(); }
-  ~ReplayMark() { --depth(); }
+  // `timeline`: of the segment that is replayed; must outlive the mark.
+  explicit ReplayMark(const std::shared_ptr<Timeline>& timeline)
+      : outer_(std::exchange(innermost(), this)), timeline_(timeline) {}
+  ~ReplayMark() { innermost() = outer_; }
   ReplayMark(const ReplayMark&) = delete;
   ReplayMark& operator=(const ReplayMark&) = delete;
-  static bool active() { return depth() > 0; }
+  static bool active() { return innermost() != nullptr; }
+  // Of the innermost replay on this thread, which must be active.
+  static const std::shared_ptr<Timeline>& timeline() { return innermost()->timeline_; }
 
  private:
-  static int& depth();
+  static ReplayMark*& innermost();
+  ReplayMark* outer_;
+  const std::shared_ptr<Timeline>& timeline_;
 };
 
 class Replay final : public c10::intrusive_ptr_target {
@@ -82,6 +91,8 @@ class Replay final : public c10::intrusive_ptr_target {
   // `keep`: unpacks leave the values here (a group whose end we are told).
   Replay(compat::ReplayKey key, bool keep, std::optional<c10::SafePyObject> group)
       : key_(key), keep_(keep), group_(std::move(group)) {}
+
+  ~Replay() override;
 
   // Runs fn with everything as in the forward. Called without any lock held.
   // Throws CheckpointError when what it recomputed does not match.
@@ -130,6 +141,7 @@ class Replay final : public c10::intrusive_ptr_target {
   bool keep_;
   std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
   std::vector<at::Tensor> values_;          // by slot; undefined: not filled or handed over
+  std::shared_ptr<Timeline> holder_;        // where that is noted; nearly always null
 
   // Is the operator that saves slot `index` as good as done? `tensor`: what it
   // saves there.

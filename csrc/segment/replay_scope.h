@@ -3,6 +3,7 @@
 // after an error.
 #pragma once
 
+#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
 #include <string>
@@ -15,6 +16,24 @@
 #include "torch_compat.h"
 
 namespace reprise {
+
+// What profilers show of a replay: a range of the name that tools for torch's own look
+// for, and inside of it one that says what is replayed.
+class ProfilerRanges {
+ public:
+  explicit ProfilerRanges(const Segment& segment) {
+    if (recompute_.isActive()) {
+      recompute_.before("recompute_fn");
+    }
+    if (name_.isActive()) {
+      name_.before("torch_reprise.checkpoint: " + segment.name());
+    }
+  }
+
+ private:
+  at::RecordFunction recompute_{at::RecordScope::USER_SCOPE};
+  at::RecordFunction name_{at::RecordScope::USER_SCOPE};
+};
 
 class ReplayScope {
  public:
@@ -91,7 +110,8 @@ class ReplayScope {
 
   Segment& segment_;
   // In the order in which they are put in force.
-  ReplayMark replaying_;
+  ProfilerRanges ranges_{segment_};
+  ReplayMark replaying_{segment_.holder()};
   compat::NoInferenceMode no_inference_;
   compat::WantedLeaves own_calls_{nullptr};  // backward calls inside of fn ask for their own
   RngScope generators_;

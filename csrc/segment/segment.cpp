@@ -34,12 +34,10 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   Ledger& ledger = Ledger::get();
   ledger.add(*segment);
   segment->in_replay_ = ReplayMark::active();
-  if (ledger.recording() && !segment->in_replay_) {
-    segment->row_ = ledger.new_row();
-    auto name = segment->name();
-    auto lock = ledger.lock_rows();
-    segment->row_->name = std::move(name);
-    segment->row_->depth = depth;
+  if (segment->in_replay_) {
+    segment->holder_ = ReplayMark::timeline();
+  } else if (ledger.recording()) {
+    segment->begin_row();
   }
   segment->inputs_.reserve(inputs.size());
   for (const auto& input : inputs) {
@@ -58,6 +56,13 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     }
     segment->note_device(input.device());
   }
+  // Under hooks, an enclosing segment's or the user's, the inputs are kept by those.
+  if (segment->holder_ && compat::top_pack_hook() == nullptr) {
+    segment->holds_inputs_ = true;
+    for (const auto& input : inputs) {
+      segment->holder_->hold(input);
+    }
+  }
   segment->checks_versions_ = options.check_versions && !compat::user_hooks_in_force();
   if (options.ambient != AmbientPolicy::kIgnore) {
     segment->ambient_.note();
@@ -73,6 +78,19 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   return segment;
 }
 
+void Segment::begin_row() {
+  Ledger& ledger = Ledger::get();
+  row_ = ledger.new_row();
+  if (row_) {
+    auto name = program_->name();
+    auto lock = ledger.lock_rows();
+    row_->name = std::move(name);
+    row_->depth = depth_;
+    timeline_ = row_->timeline;
+    holder_ = timeline_;
+  }
+}
+
 Segment::~Segment() { drop(); }
 
 void Segment::release_resources() { drop(); }
@@ -84,6 +102,11 @@ void Segment::drop() noexcept {
   dropped_ = true;
   Ledger::get().remove(*this);
   replays_.clear();
+  if (holds_inputs_) {
+    for (const auto* storage : input_storages_) {
+      holder_->drop(storage);
+    }
+  }
   inputs_.clear();
   stash_.clear();
   reached_ = ReachedState();
@@ -172,7 +195,7 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   slot.dim = static_cast<uint16_t>(sizes.size());
   slot.dtype = tensor.scalar_type();
   slot.device = tensor.device();
-  const bool is_parameter = tensor.requires_grad() && tensor.is_leaf();
+  const bool is_parameter = compat::shows_a_leaf(tensor);
   const bool is_input = tensor.has_storage() &&
                         std::find(input_storages_.begin(), input_storages_.end(),
                                   tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
@@ -189,6 +212,9 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   slots_.push_back(std::move(slot));
   ++live_;
   bytes_not_saved_ += bytes;
+  if (timeline_) {
+    timeline_->save(bytes);
+  }
   const auto index = static_cast<uint32_t>(slots_.size() - 1);
   if (value_notes_) {
     lock.unlock();
@@ -231,6 +257,12 @@ void Segment::release(uint32_t index) noexcept {
   --live_;
   for (auto& replay : replays_) {
     dropped.push_back(replay->take(index));
+  }
+  if (timeline_) {
+    timeline_->free(index);
+    if (live_ == 0) {
+      timeline_->end_backward();
+    }
   }
 }
 
@@ -415,6 +447,9 @@ std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::Repl
     }
     taken.push_back(std::move(replays_[i]));
     replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (timeline_) {
+      timeline_->end_backward();
+    }
   }
   return taken;
 }
@@ -453,9 +488,13 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
   std::exception_ptr error;
   try {
     const RowTimer timer(row_, &LedgerRow::replay_seconds);
+    const Timeline::Span span(timeline_.get(), Timeline::Kind::kReplay, Timeline::Kind::kReplayEnd);
     replay->run(*this);
   } catch (...) {
     error = std::current_exception();
+  }
+  if (timeline_ && !error && !replay->key().none()) {
+    timeline_->begin_backward();
   }
   std::vector<c10::intrusive_ptr<Replay>> dropped;
   lock.lock();

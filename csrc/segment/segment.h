@@ -55,6 +55,7 @@
 namespace reprise {
 
 class Replay;
+class Timeline;
 struct LedgerRow;
 
 // What a segment runs again: fn, its arguments other than tensors, the context
@@ -143,6 +144,8 @@ class Segment final : public c10::intrusive_ptr_target {
   const SegmentOptions& options() const { return options_; }
   int depth() const { return depth_; }
   const std::shared_ptr<LedgerRow>& row() const { return row_; }
+  const std::shared_ptr<Timeline>& timeline() const { return timeline_; }
+  const std::shared_ptr<Timeline>& holder() const { return holder_; }
   std::string name() const { return program_->name(); }
 
   // --- the ledger's side ---
@@ -159,6 +162,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // weak ones of graph tasks remain.
   void release_resources() override;
   void drop() noexcept;
+  void begin_row();  // a recording is on
 
   // Both with mutex_ held through `lock`, which is let go while fn runs.
   void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
@@ -195,7 +199,13 @@ class Segment final : public c10::intrusive_ptr_target {
   // Versions are compared unless hooks of the user's keep the values: then
   // autograd does not compare either.
   bool checks_versions_ = true;
-  std::shared_ptr<LedgerRow> row_;  // shared with a recording; null when none is on
+  // Shared with a recording; null when none is on.
+  std::shared_ptr<LedgerRow> row_;
+  std::shared_ptr<Timeline> timeline_;
+  // Where it is noted what this segment keeps: its timeline, or, for one that began
+  // inside of a replay, that of the segment which is replayed.
+  std::shared_ptr<Timeline> holder_;
+  bool holds_inputs_ = false;  // noted there
 
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.

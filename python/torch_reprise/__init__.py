@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (  # noqa: E402
 
 from . import _C, _compat, ledger, rng  # noqa: E402
 from ._errors import CheckpointError  # noqa: E402
+from ._install import install, installed, is_installed, uninstall  # noqa: E402
 from .checkpoint import (  # noqa: E402
     Checkpointer,
     CheckpointFunction,
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022, a line for each topic
     "checkpoint", "Checkpointer", "checkpoint_sequential", "CheckpointFunction", "GraphExecGroup",
     "CheckpointError", "set_checkpoint_debug_enabled", "set_checkpoint_early_stop",
     "is_recomputing",
+    "install", "uninstall", "installed", "is_installed",
     "ledger",
     "rng", "get_device_states", "set_device_states", "DefaultDeviceType",
     "noop_context_fn", "check_backward_validity", "detach_variable",

@@ -27,6 +27,7 @@ from ._errors import (
     require_optional_bool,
 )
 from ._host_rng import with_host_rng
+from ._tracing import in_graph, is_dynamo_compiling, skip_frames_of, under_tracer
 from .debug import DebugSession, debug_enabled, debug_setting
 
 __all__ = [
@@ -203,10 +204,24 @@ def _run(
     preserve_state: bool = True,
 ) -> Any:
     """A call with any options; they are valid, ``function`` is not checked yet."""
+    if is_dynamo_compiling():
+        return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     require_callable("function", function)
     flags = _flags(
         early_stop, preserve_rng_state, determinism_check, check_rng, ambient, preserve_state
     )
+    if _C.is_traced():
+        return under_tracer(
+            function,
+            args,
+            kwargs,
+            None if _is_noop(context_fn) else context_fn,
+            determinism_check="none" if determinism_check == "none" else "default",
+            debug=debug,
+            early_stop=early_stop,
+            preserve_rng_state=preserve_rng_state,
+            respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+        )
     if use_reentrant is not False:
         return _C.run_reentrant(function, args, kwargs, flags, generators)
     contexts: ContextFn | None = None
@@ -313,6 +328,8 @@ def checkpoint(
     Differences from torch: keyword arguments and nested containers work in the
     reentrant form too; more in the documentation's list of limits.
     """
+    if function is not None and is_dynamo_compiling():
+        return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     if use_reentrant is None and function is not None:
         _warn_use_reentrant("checkpoint", stacklevel=2)
     if (
@@ -328,7 +345,9 @@ def checkpoint(
     ):
         # The common call: nothing to check, nothing to build.
         flags = _ALL_FLAGS if _early_stop.get() is not False else _ALL_FLAGS & ~_C.EARLY_STOP
-        return _C.run_segment(function, args, kwargs, flags, None, None, None)
+        result = _C.run_segment(function, args, kwargs, flags, None, None, None)
+        if result is not _C.TRACED:
+            return result
     options = _validated(
         use_reentrant=use_reentrant,
         context_fn=context_fn,
@@ -353,6 +372,9 @@ _ALL_FLAGS: int = (
 )
 
 
+skip_frames_of(checkpoint, _run)
+
+
 class _Checkpointed:
     """A function that is checkpointed whenever it is called; works on methods too."""
 
@@ -365,7 +387,7 @@ class _Checkpointed:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._options["use_reentrant"] is None:
+        if self._options["use_reentrant"] is None and not is_dynamo_compiling():
             _warn_use_reentrant("checkpoint", stacklevel=2)
         return _run(self._function, args, kwargs, **self._options)
 

@@ -1,0 +1,87 @@
+#include "segment/timeline.h"
+
+#include <ATen/record_function.h>
+
+#include "torch_compat.h"
+
+namespace reprise {
+
+void Timeline::note_locked(Kind kind, uint64_t bytes, uintptr_t storage) {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  events_.push_back({std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(), kind,
+                     at::RecordFunction::currentThreadId(), bytes, storage});
+}
+
+void Timeline::note(Kind kind, uint64_t bytes, uintptr_t storage) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  note_locked(kind, bytes, storage);
+}
+
+void Timeline::begin_backward() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!in_backward_) {
+    in_backward_ = true;
+    note_locked(Kind::kBackward, 0, 0);
+  }
+}
+
+void Timeline::end_backward() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (in_backward_) {
+    in_backward_ = false;
+    note_locked(Kind::kBackwardEnd, 0, 0);
+  }
+}
+
+void Timeline::hold(const at::Tensor& tensor) {
+  if (!tensor.defined() || !tensor.has_storage() || compat::shows_a_leaf(tensor)) {
+    return;
+  }
+  const auto* storage = tensor.storage().unsafeGetStorageImpl();
+  const auto key = reinterpret_cast<uintptr_t>(storage);
+  const auto symbolic = storage->sym_nbytes().maybe_as_int();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  auto& [count, bytes] = held_[key];
+  if (++count == 1) {
+    bytes = symbolic.has_value() ? static_cast<uint64_t>(*symbolic) : 0;
+    note_locked(Kind::kHold, bytes, key);
+  }
+}
+
+void Timeline::drop(const at::Tensor& tensor) {
+  if (tensor.defined() && tensor.has_storage()) {
+    drop(tensor.storage().unsafeGetStorageImpl());
+  }
+}
+
+void Timeline::drop(const c10::StorageImpl* storage) {
+  const auto key = reinterpret_cast<uintptr_t>(storage);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = held_.find(key);
+  if (found != held_.end() && --found->second.first == 0) {
+    note_locked(Kind::kDrop, found->second.second, key);
+    held_.erase(found);
+  }
+}
+
+void Timeline::save(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  slot_bytes_.push_back(bytes);
+  if (bytes > 0) {
+    note_locked(Kind::kSave, bytes, 0);
+  }
+}
+
+void Timeline::free(uint32_t slot) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (slot < slot_bytes_.size() && slot_bytes_[slot] > 0) {
+    note_locked(Kind::kFree, slot_bytes_[slot], 0);
+  }
+}
+
+std::vector<Timeline::Event> Timeline::events() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return events_;
+}
+
+}  // namespace reprise

@@ -1,0 +1,98 @@
+"""A segment around a forward that somebody else runs, in the shape of torch's private generator.
+
+``torch.distributed._composable.checkpoint``, torch_remat and others call
+``torch.utils.checkpoint._checkpoint_without_reentrant_generator`` with positional
+arguments, advance it once before the forward and once after. ``install`` puts this
+function in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch.utils import checkpoint as torch_checkpoint
+
+from . import _C
+from ._contexts import ContextFn
+from ._errors import CheckpointError, require_callable
+from .checkpoint import _flags, _is_noop, _validate, _with_selective_support, noop_context_fn
+from .debug import DebugSession, debug_enabled
+
+# Taken before install() puts ours there.
+_original: Any = torch_checkpoint._checkpoint_without_reentrant_generator
+
+
+def checkpoint_without_reentrant_generator(
+    fn: Any,
+    preserve_rng_state: bool = True,
+    context_fn: ContextFn = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    *args: Any,
+    respect_saved_tensors_hooks: bool | None = None,
+    **kwargs: Any,
+) -> Generator[None, None, None]:
+    """Yields once: what the caller runs until it goes on is the forward of ``fn(*args, **kwargs)``.
+
+    Replays call ``fn``. An error of the forward is to be thrown in.
+    """
+    if _C.is_traced() or torch.compiler.is_dynamo_compiling():
+        yield from _original(
+            fn,
+            preserve_rng_state,
+            context_fn,
+            determinism_check,
+            debug,
+            early_stop,
+            *args,
+            **kwargs,
+        )
+        return
+    require_callable("function", fn)
+    _validate(
+        use_reentrant=False,
+        context_fn=context_fn,
+        determinism_check=determinism_check,
+        debug=debug,
+        early_stop=early_stop,
+        preserve_rng_state=preserve_rng_state,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+    )
+    contexts: ContextFn | None = None
+    if not _is_noop(context_fn):
+        contexts = _with_selective_support(
+            context_fn, respect_saved_tensors_hooks, preserve_rng_state
+        )
+    session = None
+    if debug_enabled(debug):
+        session = DebugSession()
+        contexts = session.wrap(contexts)
+    forward, replay = contexts() if contexts is not None else (None, None)
+    flags = _flags(early_stop, preserve_rng_state, determinism_check)
+    segment = _C.open_segment(fn, args, kwargs, flags, replay, session)
+    if segment is None:
+        yield
+        return
+    returned = False
+    try:
+        if forward is None:
+            yield
+            returned = True
+        else:
+            with forward:
+                yield
+                returned = True
+    except BaseException:
+        segment.abandon()
+        raise
+    if not returned:
+        segment.abandon()
+        raise CheckpointError(
+            "torch_reprise: the forward context of context_fn suppressed an exception that the "
+            "checkpointed function raised, so there is nothing to return. Its __exit__ must return "
+            "False for exceptions of the function."
+        )
+    segment.end()
