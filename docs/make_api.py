@@ -32,6 +32,10 @@ SECTIONS: dict[str, tuple[Any, list[str]]] = {
             "noop_context_fn",
         ],
     ),
+    "In the place of torch's": (
+        torch_reprise,
+        ["install", "uninstall", "installed", "is_installed"],
+    ),
     "Errors": (torch_reprise, ["CheckpointError"]),
     "Helpers": (torch_reprise, ["detach_variable", "check_backward_validity"]),
     "Random state: `torch_reprise.rng`": (

@@ -337,6 +337,9 @@ void bind_segment(py::module_& module) {
   module.attr("PRESERVE_STATE") = static_cast<long>(kPreserveState);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });
+  module.attr("unpack") = py::reinterpret_borrow<py::object>(unpack_function());
+  module.def("set_unpack_for_dynamo",
+             [](const py::object& function) { set_unpack_for_dynamo(function.ptr()); });
   module.def("set_group_type", [](const py::object& type) { set_group_type(type.ptr()); });
   module.def("set_internal_paths",
              [](const std::vector<std::string>& prefixes) { set_internal_paths(prefixes); });

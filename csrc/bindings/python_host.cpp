@@ -20,6 +20,7 @@ namespace {
 
 PyObject* g_checkpoint_error = nullptr;
 PyObject* g_unpack = nullptr;
+PyObject* g_unpack_for_dynamo = nullptr;
 PyObject* g_group_type = nullptr;
 PyObject* g_default_device_type = nullptr;  // torch.utils._device.DeviceContext
 
@@ -219,8 +220,9 @@ class PythonHost final : public Host {
       throw_python_error();
     }
     holder->hooks = hooks.release();
-    Py_INCREF(g_unpack);
-    return {c10::SafePyObject(g_unpack, getPyInterpreter()),
+    PyObject* function = g_unpack_for_dynamo != nullptr ? g_unpack_for_dynamo : g_unpack;
+    Py_INCREF(function);
+    return {c10::SafePyObject(function, getPyInterpreter()),
             c10::SafePyObject(reinterpret_cast<PyObject*>(holder), getPyInterpreter())};
   }
 
@@ -279,6 +281,14 @@ void set_checkpoint_error(PyObject* type) {
   Py_INCREF(type);
   Py_XDECREF(g_checkpoint_error);
   g_checkpoint_error = type;
+}
+
+PyObject* unpack_function() { return g_unpack; }
+
+void set_unpack_for_dynamo(PyObject* function) {
+  Py_INCREF(function);
+  Py_XDECREF(g_unpack_for_dynamo);
+  g_unpack_for_dynamo = function;
 }
 
 void set_group_type(PyObject* type) {

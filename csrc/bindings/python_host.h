@@ -28,6 +28,11 @@ void set_checkpoint_error(PyObject* type);
 // Our GraphExecGroup, which tells us its end.
 void set_group_type(PyObject* type);
 
+// The unpack hook; and a function that calls it and that Dynamo leaves alone, which a
+// compiled backward calls.
+PyObject* unpack_function();
+void set_unpack_for_dynamo(PyObject* function);
+
 // Raises `message` as CheckpointError in Python terms: sets the error.
 void set_checkpoint_error_message(const char* message);
 

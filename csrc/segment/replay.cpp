@@ -91,7 +91,7 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
   last_wanted_ = -1;
   for (size_t i = 0; i < slots_at_start_; ++i) {
     const bool want =
-        only.has_value() ? i == *only : segment.slots_[i].live && !values_[i].defined();
+        only.has_value() ? i == *only : segment.slots_[i].live > 0 && !values_[i].defined();
     if (want) {
       wanted_[i] = true;
       last_wanted_ = static_cast<int64_t>(i);
@@ -180,7 +180,7 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         differs = true;
       }
       if (wanted_[index]) {
-        if (segment.slots_[index].live || key_.none()) {
+        if (segment.slots_[index].live > 0 || key_.none()) {
           values_[index] = values;
           if (holder_) {
             holder_->hold(tensor);
@@ -321,7 +321,7 @@ void Replay::check(Segment& segment) {
     fail(segment, mismatch_message(segment));
   }
   for (size_t i = 0; i < wanted_.size(); ++i) {
-    if (wanted_[i] && (segment.slots_[i].live || key_.none())) {
+    if (wanted_[i] && (segment.slots_[i].live > 0 || key_.none())) {
       const Slot slot = segment.slots_[i];
       const TensorMeta expected = TensorMeta::of(slot, segment.sizes_);
       const uint32_t offered = cursor_;

@@ -213,7 +213,7 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   ++live_;
   bytes_not_saved_ += bytes;
   if (timeline_) {
-    timeline_->save(bytes);
+    timeline_->save(tensor);
   }
   const auto index = static_cast<uint32_t>(slots_.size() - 1);
   if (value_notes_) {
@@ -250,10 +250,17 @@ void Segment::note_device(c10::Device device) {
   }
 }
 
+void Segment::retain(uint32_t index) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  live_ += slots_[index].live++ == 0 ? 1 : 0;
+}
+
 void Segment::release(uint32_t index) noexcept {
   c10::SmallVector<at::Tensor, 1> dropped;  // destroyed after the lock is let go
   std::lock_guard<std::mutex> lock(mutex_);
-  slots_[index].live = false;
+  if (--slots_[index].live > 0) {
+    return;
+  }
   --live_;
   for (auto& replay : replays_) {
     dropped.push_back(replay->take(index));
@@ -358,6 +365,9 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
   while (true) {
     if (at::Tensor values = recomputed(key, index); values.defined()) {
       return values;
+    }
+    if (slots_[index].live == 0) {
+      return replay_one(lock, index);  // the graph was freed meanwhile
     }
     Replay* known = find_replay(key);
     replay = known != nullptr ? c10::intrusive_ptr<Replay>::reclaim_copy(known)

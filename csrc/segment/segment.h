@@ -133,6 +133,8 @@ class Segment final : public c10::intrusive_ptr_target {
   uint32_t record(const at::Tensor& tensor);
   at::Tensor unpack(uint32_t index);
   void release(uint32_t index) noexcept;
+  // One more will ask for the slot, and release it.
+  void retain(uint32_t index);
 
   // --- the replay's side ---
   // The inputs as tensors again, version-checked; may replay an enclosing segment.

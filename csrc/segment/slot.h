@@ -34,7 +34,9 @@ struct Slot {
   // where it stood. Not enabled: nothing to compare.
   c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
   uint32_t saved_version = 0;
-  bool live = true;  // false once autograd let go of it; guarded by the segment's mutex
+  // Who may still ask for it: autograd, until it lets go, and compiled backwards. Guarded by
+  // the segment's mutex.
+  uint16_t live = 1;
 
   // Is `tensor` what the slot was made from, as far as TensorMeta tells? For tensors
   // whose sizes are a plain list; `sizes`: of all slots.

@@ -30,11 +30,14 @@ class SlotHooks final : public torch::autograd::SavedVariableHooks {
   }
 
  private:
-  // What a compiled backward calls: the graph still holds the slot.
+  // What a compiled backward calls; the graph may be freed before.
   class Unpack final : public torch::autograd::SavedVariableHooks {
    public:
     Unpack(c10::intrusive_ptr<Segment> segment, uint32_t index)
-        : segment_(std::move(segment)), index_(index) {}
+        : segment_(std::move(segment)), index_(index) {
+      segment_->retain(index_);
+    }
+    ~Unpack() override { segment_->release(index_); }
     void call_pack_hook(const at::Tensor&) override {}
     at::Tensor call_unpack_hook() override { return segment_->unpack(index_); }
 

@@ -12,6 +12,11 @@ void Timeline::note_locked(Kind kind, uint64_t bytes, uintptr_t storage) {
                      at::RecordFunction::currentThreadId(), bytes, storage});
 }
 
+uint64_t Timeline::bytes_of(const c10::StorageImpl& storage) {
+  const auto bytes = storage.sym_nbytes().maybe_as_int();
+  return bytes.has_value() ? static_cast<uint64_t>(*bytes) : 0;
+}
+
 void Timeline::note(Kind kind, uint64_t bytes, uintptr_t storage) {
   const std::lock_guard<std::mutex> lock(mutex_);
   note_locked(kind, bytes, storage);
@@ -39,11 +44,10 @@ void Timeline::hold(const at::Tensor& tensor) {
   }
   const auto* storage = tensor.storage().unsafeGetStorageImpl();
   const auto key = reinterpret_cast<uintptr_t>(storage);
-  const auto symbolic = storage->sym_nbytes().maybe_as_int();
   const std::lock_guard<std::mutex> lock(mutex_);
   auto& [count, bytes] = held_[key];
   if (++count == 1) {
-    bytes = symbolic.has_value() ? static_cast<uint64_t>(*symbolic) : 0;
+    bytes = bytes_of(*storage);
     note_locked(Kind::kHold, bytes, key);
   }
 }
@@ -64,18 +68,31 @@ void Timeline::drop(const c10::StorageImpl* storage) {
   }
 }
 
-void Timeline::save(uint64_t bytes) {
+void Timeline::save(const at::Tensor& tensor) {
+  const bool counts = tensor.has_storage() && !compat::shows_a_leaf(tensor);
   const std::lock_guard<std::mutex> lock(mutex_);
-  slot_bytes_.push_back(bytes);
-  if (bytes > 0) {
-    note_locked(Kind::kSave, bytes, 0);
+  if (!counts) {
+    slots_.push_back(0);
+    return;
+  }
+  const auto& storage = tensor.storage();
+  const auto key = reinterpret_cast<uintptr_t>(storage.unsafeGetStorageImpl());
+  slots_.push_back(key);
+  const auto [entry, is_new] = saved_.try_emplace(
+      key, Saved{c10::weak_intrusive_ptr<c10::StorageImpl>(storage.getWeakStorageImpl()), 0,
+                 bytes_of(*storage.unsafeGetStorageImpl())});
+  ++entry->second.count;
+  if (is_new) {
+    note_locked(Kind::kSave, entry->second.bytes, key);
   }
 }
 
 void Timeline::free(uint32_t slot) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (slot < slot_bytes_.size() && slot_bytes_[slot] > 0) {
-    note_locked(Kind::kFree, slot_bytes_[slot], 0);
+  const auto found = slot < slots_.size() ? saved_.find(slots_[slot]) : saved_.end();
+  if (found != saved_.end() && --found->second.count == 0) {
+    note_locked(Kind::kFree, found->second.bytes, found->first);
+    saved_.erase(found);
   }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
 
 #include <chrono>
 #include <cstdint>
@@ -66,21 +67,30 @@ class Timeline {
   void hold(const at::Tensor& tensor);
   void drop(const at::Tensor& tensor);
   void drop(const c10::StorageImpl* storage);
-  // A slot of so many bytes; in the order of the slots.
-  void save(uint64_t bytes);
+  // The next slot stands for this tensor. A storage counts once, however many slots show it.
+  void save(const at::Tensor& tensor);
   void free(uint32_t slot);
 
   std::vector<Event> events() const;
 
  private:
   void note_locked(Kind kind, uint64_t bytes, uintptr_t storage);
+  static uint64_t bytes_of(const c10::StorageImpl& storage);
 
   mutable std::mutex mutex_;  // taken last: nothing is called while it is held
   std::vector<Event> events_;
   bool in_backward_ = false;
   // Storages that are kept: how often, and their size.
   std::unordered_map<uintptr_t, std::pair<uint32_t, uint64_t>> held_;
-  std::vector<uint64_t> slot_bytes_;
+  // What autograd would have kept, in the same way. Weak: the memory is free, but the
+  // address is not given to another storage meanwhile.
+  struct Saved {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+    uint32_t count;
+    uint64_t bytes;
+  };
+  std::unordered_map<uintptr_t, Saved> saved_;
+  std::vector<uintptr_t> slots_;  // the storage of each, or 0
 };
 
 }  // namespace reprise

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (  # noqa: E402
     create_selective_checkpoint_contexts,
 )
 
-from . import _C, _compat, ledger, rng  # noqa: E402
+from . import _C, _compat, _tracing, ledger, rng  # noqa: E402
 from ._errors import CheckpointError  # noqa: E402
 from ._install import install, installed, is_installed, uninstall  # noqa: E402
 from .checkpoint import (  # noqa: E402
@@ -40,6 +40,7 @@ from .sequential import checkpoint_sequential  # noqa: E402
 _C.set_checkpoint_error(CheckpointError)
 _compat.allow_transforms_inside()
 _C.set_group_type(GraphExecGroup)
+_C.set_unpack_for_dynamo(_tracing.unpack_outside_graph)
 # Lines of these files are not what a user looks for in an error message.
 _C.set_internal_paths([_compat.torch_directory(), *_compat.own_files()])
 

@@ -1,4 +1,4 @@
-"""``python -m torch_reprise info | demo | bench NAME | bench all``."""
+"""``python -m torch_reprise info | run PROGRAM | demo | bench NAME | bench all``."""
 
 from __future__ import annotations
 
@@ -89,7 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_reprise", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build flags and devices", allow_abbrev=False)
-    # Options behind "demo" and "bench NAME", --help among them, belong to the module that runs.
+    commands.add_parser(
+        "run",
+        help="run a program with torch_reprise in the place of torch.utils.checkpoint",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    # Options behind these and "bench NAME", --help among them, belong to the module that runs.
     commands.add_parser(
         "demo",
         help="train a small GPT three ways and compare the bits",
@@ -100,7 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench", help="run a benchmark, or all of them", add_help=False, allow_abbrev=False
     )
     bench.add_argument("name")
-    arguments, rest = parser.parse_known_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["run"]:
+        # All that follows is the program's, "--" and what looks like an option of ours included.
+        from ._run import main as run_program
+
+        return run_program(given[1:])
+    arguments, rest = parser.parse_known_args(given)
     if arguments.command == "demo":
         return _run("torch_reprise._demo.run", rest)
     if arguments.command == "bench":

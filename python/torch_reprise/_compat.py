@@ -218,3 +218,26 @@ def allow_transforms_inside() -> None:
     disable_after_hiding._torch_reprise = True  # type: ignore[attr-defined]
     autograd._saved_tensors_hooks_disable = disable_after_hiding
     autograd._saved_tensors_hooks_enable = enable_and_show
+
+
+def skip_frames_of(*functions: Any) -> None:
+    """Dynamo does not trace frames of these from their top; it goes into them when it inlines.
+
+    torch 2.13 and 2.14: what ``torch._dynamo.eval_frame.skip_code`` does, without the
+    seconds that an import of ``torch._dynamo`` takes.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    for function in functions:
+        dynamo.set_code_exec_strategy(
+            function.__code__,
+            dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.DEFAULT),
+        )
+
+
+def without_dynamo(function: Any) -> Any:
+    """A function that Dynamo calls as it is; imports ``torch._dynamo`` when it is called.
+
+    torch 2.13 and 2.14: ``torch.compiler.disable`` would import it at once.
+    """
+    private: Any = torch
+    return private._disable_dynamo(function)

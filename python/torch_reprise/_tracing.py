@@ -30,7 +30,14 @@ from typing import Any
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
-__all__ = ["in_graph", "is_dynamo_compiling", "skip_frames_of", "under_tracer"]
+from . import _C, _compat
+
+__all__ = [
+    "in_graph",
+    "is_dynamo_compiling",
+    "under_tracer",
+    "unpack_outside_graph",
+]
 
 # Taken before install() puts ours there.
 _original: Any = torch_checkpoint.checkpoint
@@ -79,11 +86,9 @@ def under_tracer(
     return _original(function, *args, use_reentrant=False, **known)
 
 
-def skip_frames_of(*functions: Any) -> None:
-    """Frames of these are not traced from their top; see Note [Dynamo]."""
-    dynamo: Any = torch._C._dynamo.eval_frame
-    for function in functions:
-        dynamo.set_code_exec_strategy(
-            function.__code__,
-            dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.DEFAULT),
-        )
+def _unpack(packed: Any) -> torch.Tensor:
+    return _C.unpack(packed)
+
+
+# What the graph of a compiled backward calls for a saved tensor: a replay is no part of it.
+unpack_outside_graph = _compat.without_dynamo(_unpack)

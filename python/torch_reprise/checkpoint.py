@@ -27,7 +27,7 @@ from ._errors import (
     require_optional_bool,
 )
 from ._host_rng import with_host_rng
-from ._tracing import in_graph, is_dynamo_compiling, skip_frames_of, under_tracer
+from ._tracing import in_graph, is_dynamo_compiling, under_tracer
 from .debug import DebugSession, debug_enabled, debug_setting
 
 __all__ = [
@@ -372,7 +372,7 @@ _ALL_FLAGS: int = (
 )
 
 
-skip_frames_of(checkpoint, _run)
+_compat.skip_frames_of(checkpoint, _run)
 
 
 class _Checkpointed:

@@ -5,20 +5,28 @@
     ...     loss = model(x).sum()
     ...     loss.backward()
     >>> print(r)                            # doctest: +SKIP
+    >>> r.save("report.html")               # doctest: +SKIP
 
 Counters cost a segment a few nanoseconds; a recording costs a microsecond per
-segment while it is on, and nothing when it is off.
+segment and, for its events, two per saved tensor while it is on, and nothing when
+it is off. Nothing here prints. What draws is imported when it is asked for.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _C
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = [
+    "Event",
     "Recording",
     "Row",
     "bytes_not_saved",
@@ -90,14 +98,44 @@ class Row(NamedTuple):
     replays: int
 
 
+class Event(NamedTuple):
+    """Something that happened to one segment of a recording.
+
+    ``kind`` is one of
+
+    * ``"forward"``, ``"replay"``, ``"backward"`` and each of them with ``" end"``;
+    * ``"hold"``, ``"drop"``: the segment keeps a storage of so many bytes, and does not any more:
+      inputs, and what a replay computed until backward takes it. Parameters do not count. Several
+      segments may hold one storage;
+    * ``"save"``, ``"free"``: autograd would have kept a tensor of so many bytes from here to
+      there without checkpointing (not known for the reentrant form).
+    """
+
+    time: float
+    """Seconds since the recording began."""
+    kind: str
+    thread: int
+    """As profilers of torch number threads."""
+    bytes: int
+    storage: int
+    """Which storage, as long as a segment holds it; otherwise 0."""
+
+
 class Recording:
     """What :func:`record` gives: rows in the order in which the segments began.
 
-    Replays that happen after the ``with`` block still show up in ``rows``.
+    Replays that happen after the ``with`` block still show up.
+
+    * ``rows``: a :class:`Row` for each segment; ``events``: for each row its :class:`Event` s.
+    * ``print(r)``: the rows as plain ASCII text; ``table()``: as a table of rich.
+    * ``trace()``: forward, replay and backward of each segment and the bytes held, in the trace
+      event format that Perfetto and ``chrome://tracing`` open.
+    * ``save(path)``: by its suffix ``.html`` (a page with everything, which needs no network),
+      ``.png``, ``.json`` (the trace), ``.csv`` (the rows) or ``.txt`` (what ``print`` shows).
     """
 
-    def __init__(self) -> None:
-        self._recording = _C.start_recording()
+    def __init__(self, limit: int | None = None, events: bool = True) -> None:
+        self._recording = _C.start_recording(limit, events)
 
     def _stop(self) -> None:
         _C.stop_recording(self._recording)
@@ -106,59 +144,67 @@ class Recording:
     def rows(self) -> list[Row]:
         return [Row(*values) for values in self._recording.rows()]
 
-    def __str__(self) -> str:
-        header = (
-            "segment",
-            "depth",
-            "form",
-            "slots",
-            "not saved",
-            "drew from",
-            "forward ms",
-            "replay ms",
-            "replays",
-        )
-        lines = [header]
-        for row in self.rows:
-            lines.append(
-                (
-                    row.name,
-                    str(row.depth),
-                    "reentrant" if row.reentrant else "hooks",
-                    str(row.slots),
-                    _readable(row.bytes),
-                    ", ".join(row.generators) or "-",
-                    f"{row.forward_ms:.3f}",
-                    f"{row.replay_ms:.3f}",
-                    str(row.replays),
-                )
-            )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        left = {0, 2, 5}
-        text = []
-        for line in lines:
-            cells = [
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    @property
+    def events(self) -> list[list[Event]]:
+        """A list for each row, in the order in which things happened."""
+        start = self._recording.start_ns
+        return [
+            [
+                Event((ns - start) / 1e9, kind, thread, size, storage)
+                for ns, kind, thread, size, storage in of_row
             ]
-            text.append("  ".join(cells).rstrip())
-        text.insert(1, "-" * max(len(line) for line in text))
-        return "\n".join(text)
+            for of_row in self._recording.events()
+        ]
 
+    def _both(self) -> tuple[list[Row], list[list[Event]]]:
+        # Read while segments begin on other threads, the second may have more.
+        rows = self.rows
+        events = self.events[: len(rows)]
+        return rows, events
 
-def _readable(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+    def table(self) -> Table:
+        """The rows as a ``rich.table.Table``; ImportError if rich is not installed."""
+        from ._report._tables import as_rich
+
+        return as_rich(self.rows)
+
+    def trace(self) -> dict[str, Any]:
+        """The recording in the trace event format, ready for ``json.dump``.
+
+        Complete events for forward, replay and backward on the threads where they began (those
+        that overlap get a track of their own), and counters for the bytes held and the bytes
+        without checkpointing.
+        """
+        from ._report._trace import trace
+
+        return trace(*self._both())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes what the suffix of ``path`` names and returns the path.
+
+        ValueError for a suffix that is not known, ImportError if ``.png`` is asked for and
+        matplotlib is not installed.
+        """
+        from ._report import save
+
+        target = Path(path)
+        save(*self._both(), target)
+        return target
+
+    def __str__(self) -> str:
+        from ._report._tables import as_text
+
+        return as_text(self.rows)
 
 
 @contextmanager
-def record() -> Iterator[Recording]:
-    """Collects a row for each segment that begins in the block, on any thread."""
-    recording = Recording()
+def record(limit: int | None = None, *, events: bool = True) -> Iterator[Recording]:
+    """Collects a row for each segment that begins in the block, on any thread.
+
+    ``limit``: only for the first so many segments. ``events=False``: rows only, which costs less
+    time and memory; the pictures then have no time axis.
+    """
+    recording = Recording(limit, events)
     try:
         yield recording
     finally:
