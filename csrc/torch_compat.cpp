@@ -145,7 +145,9 @@ HookScope::~HookScope() {
 
 bool is_traced() {
   using Modes = c10::impl::TorchDispatchModeTLS;
-  return Modes::any_modes_set() && Modes::get_mode(c10::impl::TorchDispatchModeKey::PROXY);
+  using Key = c10::impl::TorchDispatchModeKey;
+  return Modes::any_modes_set() &&
+         (Modes::get_mode(Key::PROXY) || Modes::get_mode(Key::FUNCTIONAL));
 }
 
 bool user_hooks_in_force() {
