@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from torch_reprise import CheckpointPolicy, checkpoint, ledger
 from torch_reprise import __main__ as cli
-from torch_reprise import checkpoint, ledger
 from torch_reprise._bench import (
     _child,
     _common,
@@ -30,6 +30,7 @@ from torch_reprise._bench import (
     replay,
     rng,
     scaling,
+    selective,
     training,
 )
 from torch_reprise._bench._command import Command, Options
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "overhead": "overhead.py",
     "replay": "replay.py",
+    "selective": "selective.py",
     "rng": "rng_stash.py",
     "scaling": "scaling.py",
     "memory": "memory.py",
@@ -105,6 +107,39 @@ def test_replay_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "BatchNorm" in capsys.readouterr().out
 
 
+def test_selective_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "selective.csv"
+    assert selective.main(["--quick", "--csv", str(path)]) == 0
+    rows = read(path)
+    assert tuple(rows[0]) == selective.COLUMNS
+    assert {(r["policy"], r["variant"]) for r in rows} == {
+        (policy, variant) for policy in selective.POLICIES for variant in ("plain", "torch", "ours")
+    }
+    assert all(float(r["step_us"]) > 0 for r in rows)
+    assert all((r["added_us"] == "") == (r["variant"] == "plain") for r in rows)
+    assert "save the products" in capsys.readouterr().out
+
+
+def test_the_policies_save_what_they_say() -> None:
+    aten = torch.ops.aten
+    saves = {
+        name: [
+            policy(None, operator, None) is CheckpointPolicy.MUST_SAVE
+            for operator in (
+                aten.addmm.default,
+                aten._scaled_dot_product_flash_attention_for_cpu.default,
+                aten.tanh.default,
+            )
+        ]
+        for name, policy in selective.POLICIES.items()
+    }
+    assert saves == {
+        "save the products": [True, True, False],
+        "save attention": [False, True, False],
+        "save nothing": [False, False, False],
+    }
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_is_the_module(name: str, tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / SCRIPTS[name]
@@ -133,7 +168,12 @@ def test_every_benchmark_has_a_script() -> None:
 
 def test_every_column_is_documented() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    for name, module in {"overhead": overhead, "replay": replay, **DRAWING}.items():
+    for name, module in {
+        "overhead": overhead,
+        "replay": replay,
+        "selective": selective,
+        **DRAWING,
+    }.items():
         section = text.split(f"## {SCRIPTS[name]}:", 1)[1].split("\n## ", 1)[0]
         assert [column for column in module.COLUMNS if f"`{column}`" not in section] == [], name
 
