@@ -7,6 +7,7 @@ loudly when one of them goes away.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -98,6 +99,9 @@ class _Storage(dict[int, Any]):
                 super().__setitem__(index, value)
             return
         hooks, after = self._additions.hooks, self._additions.after
+        if hooks is None and after is None:
+            super().__setitem__(index, value)
+            return
 
         def wrap(entry: Any) -> Any:
             if not hasattr(entry, "get_val"):
@@ -108,20 +112,27 @@ class _Storage(dict[int, Any]):
         super().__setitem__(index, torch.utils._pytree.tree_map(wrap, value))
 
 
+class _PassesCachedCasts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Marks the modes made by :func:`_passing_cached_casts`."""
+
+
 @functools.cache
 def _passing_cached_casts(mode_type: Any) -> Any:
     """The same mode, which does not see autocast's casts of leaves.
 
     Autocast keeps these in a cache: the forward of a segment takes the one that was made by a
     segment before, the replay makes its own. Neither saved nor counted, they may differ.
+
+    Dynamo is kept out of it as it is kept out of a segment, not by the wrapper that torch puts
+    around every dispatch (2.13 and 2.14), which costs microseconds at each operator.
     """
     if issubclass(mode_type, _PassesCachedCasts):
         return mode_type
-    return type(mode_type.__name__, (_PassesCachedCasts, mode_type), {})
+    dispatch: Any = inspect.unwrap(mode_type.__torch_dispatch__)
 
-
-class _PassesCachedCasts(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if (
             func is torch.ops.aten._to_copy.default
             and args[0].is_leaf
@@ -129,7 +140,19 @@ class _PassesCachedCasts(TorchDispatchMode):
             and (kwargs or {}).get("dtype") in (torch.bfloat16, torch.float16)
         ):
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        return dispatch(self, func, types, args, kwargs)
+
+    skip_frames_of(__torch_dispatch__, with_callees=True)
+    contents = {
+        "__torch_dispatch__": __torch_dispatch__,
+        "_should_skip_dynamo": classmethod(lambda cls: False),
+    }
+    return type(mode_type.__name__, (_PassesCachedCasts, mode_type), contents)
+
+
+@functools.cache
+def _draws(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
 
 
 def support_selective(
@@ -169,9 +192,7 @@ def support_selective(
         policy = mode.policy_fn
 
         def noting(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
-            tags = getattr(operator, "tags", ())
-            draws = torch.Tag.nondeterministic_seeded in tags
-            additions.after = rng_snapshot(args, kwargs) if draws else None
+            additions.after = rng_snapshot(args, kwargs) if _draws(operator) else None
             return policy(ctx, operator, *args, **kwargs)
 
         mode.policy_fn = noting
@@ -220,18 +241,21 @@ def allow_transforms_inside() -> None:
     autograd._saved_tensors_hooks_enable = enable_and_show
 
 
-def skip_frames_of(*functions: Any) -> None:
+def skip_frames_of(*functions: Any, with_callees: bool = False) -> None:
     """Dynamo does not trace frames of these from their top; it goes into them when it inlines.
+
+    ``with_callees``: nor what they call.
 
     torch 2.13 and 2.14: what ``torch._dynamo.eval_frame.skip_code`` does, without the
     seconds that an import of ``torch._dynamo`` takes.
     """
     dynamo: Any = torch._C._dynamo.eval_frame
+    action = dynamo._FrameAction
+    strategy = dynamo._FrameExecStrategy(
+        action.SKIP, action.SKIP if with_callees else action.DEFAULT
+    )
     for function in functions:
-        dynamo.set_code_exec_strategy(
-            function.__code__,
-            dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.DEFAULT),
-        )
+        dynamo.set_code_exec_strategy(function.__code__, strategy)
 
 
 def without_dynamo(function: Any) -> Any:
