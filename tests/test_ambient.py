@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -335,3 +337,35 @@ def test_an_unknown_policy_is_refused() -> None:
     assert "'restore', 'check', 'ignore'" in message_of(
         ValueError, lambda: Checkpointer(ambient="keep")
     )
+
+
+def test_segments_keep_the_variables_they_began_under_and_no_longer_than_they_live() -> None:
+    class Value:
+        pass
+
+    variable: contextvars.ContextVar[Value | None] = contextvars.ContextVar(
+        "variable", default=None
+    )
+    seen: list[Value | None] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(variable.get())
+        return x.tanh()
+
+    first, second = Value(), Value()
+    x = leaf(4)
+    outs = []
+    # Two under the first, one under the second, one more under the first.
+    for value in (first, first, second, first):
+        token = variable.set(value)
+        outs.append(checkpoint(function, x, use_reentrant=False))
+        variable.reset(token)
+    for out in outs:
+        out.sum().backward()
+    assert seen == [first, first, second, first] * 2
+    known = weakref.ref(first)
+    outs.clear()
+    seen.clear()
+    del first, second, value, out, token
+    gc.collect()
+    assert known() is None

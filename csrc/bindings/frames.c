@@ -4,6 +4,7 @@
 #define REPRISE_FRAMES 1
 #define Py_BUILD_CORE 1
 #define NEED_OPCODE_TABLES 1
+#include <internal/pycore_context.h>
 #include <internal/pycore_frame.h>
 #include <internal/pycore_pystate.h>
 #pragma GCC diagnostic push
@@ -52,7 +53,14 @@ int reprise_handles_pending_calls_after(const void* instruction) {
   return opcode == PRECALL || opcode == CALL || opcode == CALL_FUNCTION_EX;
 }
 
+const void* reprise_context_variables(void) {
+  PyObject* context = PyThreadState_Get()->context;
+  return context == NULL ? NULL : ((const PyContext*)context)->ctx_vars;
+}
+
 #else
+
+const void* reprise_context_variables(void) { return NULL; }
 
 const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* instruction) {
   (void)frame;

@@ -25,6 +25,11 @@ const void* reprise_current_frame(const void** instruction);
    calls before it does anything else, and this is the thread that handles them. */
 int reprise_handles_pending_calls_after(const void* instruction);
 
+/* The variables of the current context of contextvars: an immutable mapping, borrowed, that is
+   another object after each change. Null if they cannot be read or nobody looked at them yet.
+   With the interpreter lock. */
+const void* reprise_context_variables(void);
+
 #ifdef __cplusplus
 }
 #endif

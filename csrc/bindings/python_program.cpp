@@ -2,6 +2,7 @@
 
 #include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
+#include "bindings/frames.h"
 
 namespace reprise::bindings {
 
@@ -59,6 +60,34 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
   return Ref();
 }
 
+namespace {
+
+// Segments that begin under the same variables share a copy of them. Both are guarded by the
+// interpreter lock, and null once no program has the copy: it keeps what the variables hold.
+PyObject* g_shared_copy = nullptr;
+const void* g_shared_variables = nullptr;
+
+Ref copy_of_context() {
+  const void* variables = reprise_context_variables();
+  if (variables != nullptr && variables == g_shared_variables) {
+    return Ref::borrow(g_shared_copy);
+  }
+  Ref copy = checked(PyContext_CopyCurrent());
+  g_shared_copy = copy.get();
+  g_shared_variables = variables;
+  return copy;
+}
+
+void drop_copy(Ref&& copy) {
+  if (copy.get() == g_shared_copy && copy && Py_REFCNT(copy.get()) == 1) {
+    g_shared_copy = nullptr;
+    g_shared_variables = nullptr;
+  }
+  copy = Ref();
+}
+
+}  // namespace
+
 PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs,
                              PyObject* replay_context, PyObject* debug_session,
                              std::vector<at::Tensor>& inputs, std::vector<PyObject*>& others)
@@ -94,7 +123,7 @@ PythonProgram::~PythonProgram() {
   debug_session_ = Ref();
   modules_.clear();
   argument_objects_ = ArgumentObjects();
-  context_variables_ = Ref();
+  drop_copy(std::move(context_variables_));
 }
 
 void PythonProgram::hold(std::vector<Reach::Module>&& modules,
@@ -102,7 +131,7 @@ void PythonProgram::hold(std::vector<Reach::Module>&& modules,
   modules_ = std::move(modules);
   argument_objects_.note(objects);
   if (context_variables) {
-    context_variables_ = checked(PyContext_CopyCurrent());
+    context_variables_ = copy_of_context();
   }
 }
 
