@@ -7,13 +7,17 @@
 #   make soak    the tests that repeat things, for long: 100,000 segments, 3,000 random programs
 #   make sanitize       the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    ruff, mypy, clang-format          make format   let ruff and clang-format write
+#   make stubtest       the stubs of the package against what is there at run time
+#   make sdist   dist/*.tar.gz, and a check that a build needs nothing else
+#   make wheels  from the sdist a wheel for each torch of packaging/versions.toml, checked, installed
+#                and tested there; one of them: make wheels WHEEL_TORCH=2.13.0
 #   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
 #                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
 #   make build   the environment and an editable install, which the others start from
 #   make clean   forget builds and caches          make distclean   the environment as well
 #
-# Everything goes into $(VENV), and for test-cudasim into $(VENV_CUDA); what is up to date is not
-# done again.
+# Everything goes into $(VENV), for test-cudasim into $(VENV_CUDA), for wheels into build/wheels; what
+# is up to date is not done again.
 
 TORCH  ?= 2.13.0
 VENV   ?= .venv
@@ -21,6 +25,9 @@ PYTHON ?= python3
 BENCH  ?= all
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+# Every torch of packaging/versions.toml if empty; WHEEL_ARGS=--fresh keeps nothing of another run.
+WHEEL_TORCH ?=
+WHEEL_ARGS  ?=
 
 # The torch whose CUDA tests/cudasim stands in for: a CUDA build, for CUDA 13.
 TORCH_CUDA ?= 2.14.1
@@ -46,9 +53,16 @@ CUDASIM_INPUTS := $(wildcard tests/cudasim/*.cpp tests/cudasim/*.c tests/cudasim
 FORMATTED = $(shell find csrc tests/native tests/devices tests/cudasim -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' \))
 
+# REPRISE_RECORD=build/ci, as in .ci/run: each run of tests writes down there what it ran, for the
+# support matrix. $(call recorded,STEP) are the arguments of pytest.
+recorded = $(if $(REPRISE_RECORD),-p ci_record --record $(REPRISE_RECORD)/$(1).json)
+ifneq ($(REPRISE_RECORD),)
+  export PYTHONPATH := $(CURDIR)/packaging$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
 .DELETE_ON_ERROR:
 .PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak \
-  sanitize lint format bench clean distclean
+  sanitize lint stubtest format bench sdist wheels clean distclean
 
 build: $(BUILD_STAMP)
 
@@ -83,12 +97,14 @@ bench: build
 test: test-native test-python
 
 test-native: build
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error \
+	  $(if $(REPRISE_RECORD),--output-junit $(abspath $(REPRISE_RECORD))/native.xml)
+	$(if $(REPRISE_RECORD),$(BIN)/python packaging/ci_record.py $(REPRISE_RECORD)/native.xml)
 
 # After the native tests also under make -j: two sets of threads on the same cores help nobody.
 test-python: build | test-native
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
-	  $(BIN)/python -m pytest $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest $(call recorded,test) $(PYTEST_ARGS)
 
 # What a run on CUDA devices saved (run-cudasim) fills the rows that need some.
 conformance: build
@@ -118,7 +134,8 @@ test-cudasim:
 
 run-cudasim: build $(STAMPS)/cudasim
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
-	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/cudasim $(PYTEST_ARGS)
+	  $(BIN)/python tests/cudasim/launch.py -m pytest tests/cudasim $(call recorded,cudasim) \
+	  $(PYTEST_ARGS)
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python tests/cudasim/launch.py tests/conformance/run.py --only-cuda \
 	  --save build/conformance-cuda.json
@@ -139,10 +156,22 @@ lint: $(TORCH_STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
+# The stubs against the extension and every module, which it imports for that.
+stubtest: build
+	$(BIN)/stubtest torch_reprise --mypy-config-file pyproject.toml \
+	  --allowlist packaging/stubtest_allowlist.txt
+
 format: $(STAMPS)/tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+sdist: $(TORCH_STAMP)
+	$(BIN)/python packaging/check_sdist.py
+
+wheels: $(STAMPS)/tools
+	$(BIN)/python packaging/build_wheels.py $(addprefix --torch ,$(WHEEL_TORCH)) $(WHEEL_ARGS) \
+	  $(addprefix --record ,$(REPRISE_RECORD))
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
