@@ -3,6 +3,7 @@
 #   make demo    train the demo model, print the table, write demo.png
 #   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
 #   make test-cudasim   the tests of tests/cudasim: a CUDA torch on a simulated CUDA, without a GPU
+#   make test-integrations   Transformers, PEFT, Accelerate, Lightning, timm on this library
 #   make conformance    every case of tests/conformance on torch and on ours, and docs/conformance.md
 #   make soak    the tests that repeat things, for long: 100,000 segments, 3,000 random programs
 #   make sanitize       the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -16,8 +17,8 @@
 #   make build   the environment and an editable install, which the others start from
 #   make clean   forget builds and caches          make distclean   the environment as well
 #
-# Everything goes into $(VENV), for test-cudasim into $(VENV_CUDA), for wheels into build/wheels; what
-# is up to date is not done again.
+# Everything goes into $(VENV), for test-cudasim into $(VENV_CUDA), for test-integrations into
+# $(VENV_INTEGRATIONS), for wheels into build/wheels; what is up to date is not done again.
 
 TORCH  ?= 2.13.0
 VENV   ?= .venv
@@ -32,11 +33,15 @@ WHEEL_ARGS  ?=
 # The torch whose CUDA tests/cudasim stands in for: a CUDA build, for CUDA 13.
 TORCH_CUDA ?= 2.14.1
 VENV_CUDA  ?= .venv-cuda
+# What the libraries of requirements/integrations.txt train with: timm needs a torchvision.
+TORCH_INTEGRATIONS ?= 2.14.1
+TORCHVISION        ?= 0.29.1
+VENV_INTEGRATIONS  ?= .venv-integrations
 # OFF leaves the programs of tests/native out of the build.
 NATIVE_TESTS ?= ON
 
 # A folder per torch, so that going back to one does not compile everything again.
-BUILD  := build/torch-$(TORCH)
+BUILD  ?= build/torch-$(TORCH)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMPS := $(VENV)/stamps
@@ -61,7 +66,8 @@ ifneq ($(REPRISE_RECORD),)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-native test-python test-cudasim run-cudasim conformance soak \
+.PHONY: build demo test test-native test-python test-cudasim run-cudasim test-integrations \
+  run-integrations conformance soak \
   sanitize lint stubtest format bench sdist wheels clean distclean
 
 build: $(BUILD_STAMP)
@@ -140,6 +146,20 @@ run-cudasim: build $(STAMPS)/cudasim
 	  $(BIN)/python tests/cudasim/launch.py tests/conformance/run.py --only-cuda \
 	  --save build/conformance-cuda.json
 
+# An environment and a build of its own: its torch is found in another place.
+test-integrations:
+	@$(MAKE) --no-print-directory run-integrations VENV=$(VENV_INTEGRATIONS) \
+	  TORCH=$(TORCH_INTEGRATIONS) BUILD=build/integrations NATIVE_TESTS=OFF
+
+run-integrations: build $(STAMPS)/integrations
+	REPRISE_REQUIRE_INTEGRATIONS=1 $(BIN)/python -m pytest tests/integrations \
+	  $(call recorded,integrations) $(PYTEST_ARGS)
+
+$(STAMPS)/integrations: $(TORCH_STAMP) requirements/integrations.txt
+	@echo "== libraries that train"
+	@$(PIP) install torch==$(TORCH) torchvision==$(TORCHVISION) -r requirements/integrations.txt
+	@touch $@
+
 # The CUDA headers are those of the packages that come with torch. --fresh: CMake would remember
 # where they were.
 $(STAMPS)/cudasim: $(TORCH_STAMP) $(CUDASIM_INPUTS)
@@ -175,8 +195,9 @@ wheels: $(STAMPS)/tools
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f $(STAMPS)/build-* $(VENV_CUDA)/stamps/build-* $(VENV_CUDA)/stamps/cudasim
+	rm -f $(STAMPS)/build-* $(VENV_CUDA)/stamps/build-* $(VENV_CUDA)/stamps/cudasim \
+	  $(VENV_INTEGRATIONS)/stamps/build-*
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(VENV_CUDA)
+	rm -rf $(VENV) $(VENV_CUDA) $(VENV_INTEGRATIONS)
