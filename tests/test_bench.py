@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,30 @@ def test_overhead_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert torch.__version__ in printed and "1 thread(s)" in printed and "cores" in printed
+
+
+def test_torch_remat_is_measured_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def stand_in(**options: Any) -> Callable[[Any], Any]:
+        made.append(options)
+        return lambda function: partial(checkpoint, function, use_reentrant=False)
+
+    module = ModuleType("torch_remat")
+    module.checkpoint = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_remat", module)
+    path = tmp_path / "overhead.csv"
+    assert overhead.main(["--quick", "--csv", str(path)]) == 0
+    ((hook,),) = made[0].values()
+    state = hook.snapshot()
+    torch.rand(3)
+    hook.restore(state)
+    assert torch.equal(torch.get_rng_state(), state)
+    for row in read(path):
+        assert (row["remat_overhead_us"] == "") == (row["form"] == "reentrant")
+    assert "torch_remat" in capsys.readouterr().out
 
 
 def test_replay_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

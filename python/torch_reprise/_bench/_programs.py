@@ -7,6 +7,7 @@ with ``torch.utils.checkpoint`` and the one with this library.
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,29 @@ PLAIN = "plain"
 def plainly(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     """Runs a segment without checkpointing."""
     return function(value)
+
+
+REMAT = "torch_remat"
+
+
+class _CpuGenerator:
+    """What torch_remat wants to be given to replay with the random numbers of the forward."""
+
+    def snapshot(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def restore(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+def remat() -> dict[str, Segment]:
+    """Checkpointing by torch_remat, where it is installed; it has one form."""
+    try:
+        module = importlib.import_module(REMAT)
+    except ModuleNotFoundError:
+        return {}
+    decorate = module.checkpoint(recompute_state_hooks=(_CpuGenerator(),))
+    return {REMAT: lambda function, value: decorate(function)(value)}
 
 
 def implementations() -> dict[str, dict[str, Segment]]:

@@ -22,6 +22,9 @@ Workloads:
 
 The reentrant form, torch's and ours, builds no graph in its first forward. The formula credits it
 with that, so that its O can be below zero where building the graph costs more than the bookkeeping.
+
+Where ``torch_remat`` is installed, it is measured in the same rounds, with a hook that keeps the
+state of the CPU's generator; it has no reentrant form.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ._command import Command, Options, Report, require_equal_gradients
 from ._common import Overheads, Screen, Summary, Table, short
 from ._programs import (
     FORMS,
+    REMAT,
     STATISTICS,
     Functions,
     Workload,
@@ -45,6 +49,7 @@ from ._programs import (
     matmul_tanh,
     measure,
     one_operator,
+    remat,
 )
 
 COMMAND = Command(
@@ -64,6 +69,7 @@ COLUMNS = (
     "torch_overhead_us",
     "ours_overhead_us",
     "ratio",
+    "remat_overhead_us",
 )
 
 
@@ -93,17 +99,26 @@ def rows(workload: Workload, result: Overheads) -> list[list[object]]:
             figures = [per * getattr(summary, statistic) for summary in summaries]
             # Noise can make a small overhead negative; a ratio to that would be no figure.
             ratio: object = figures[-1] / figures[-2] if figures[-2] > 0 else ""
+            third = f"{REMAT}, {form}"
+            other: object = (
+                per * getattr(result.of(third), statistic) if third in result.steps else ""
+            )
             head = [workload.name, form, statistic, len(workload.chain)]
-            lines.append([*head, result.rounds, result.inner, *figures, ratio])
+            lines.append([*head, result.rounds, result.inner, *figures, ratio, other])
     return lines
 
 
 def table(programs: Sequence[Workload], lines: Sequence[Sequence[object]]) -> Table:
     """The table for people: one row for each workload and form, a cell is ``min / median``."""
     found = {tuple(line[:3]): dict(zip(COLUMNS, line, strict=True)) for line in lines}
+    with_remat = any(line[-1] != "" for line in lines)
     drawn = Table(
         "O = step - plain step - one forward, in microseconds (min / median of the rounds)",
-        ("workload", "form", "plain step", "O torch", "O ours", "ours / torch"),
+        (
+            *("workload", "form", "plain step", "O torch"),
+            *([f"O {REMAT}"] if with_remat else []),
+            *("O ours", "ours / torch"),
+        ),
     )
 
     def cell(workload: str, form: str, column: str) -> str:
@@ -118,6 +133,7 @@ def table(programs: Sequence[Workload], lines: Sequence[Sequence[object]]) -> Ta
                 form,
                 cell(program.name, form, "plain_us"),
                 cell(program.name, form, "torch_overhead_us"),
+                *([cell(program.name, form, "remat_overhead_us")] if with_remat else []),
                 cell(program.name, form, "ours_overhead_us"),
                 cell(program.name, form, "ratio"),
             )
@@ -152,4 +168,7 @@ def main(argv: Sequence[str] | None = None, functions: Functions | None = None) 
     Returns:
         0; 1 if a variant gives other gradients than the plain step; 2 if it cannot run.
     """
-    return COMMAND.run(argv, partial(run, functions=functions or implementations()))
+    if functions is None:
+        functions = implementations()
+        functions["non-reentrant"].update(remat())
+    return COMMAND.run(argv, partial(run, functions=functions))
