@@ -68,7 +68,7 @@ class Ledger {
     std::chrono::steady_clock::time_point begin;
     std::vector<std::shared_ptr<LedgerRow>> rows;
   };
-  std::shared_ptr<Recording> start_recording(size_t limit, bool timeline);
+  std::shared_ptr<Recording> start_recording(size_t limit = SIZE_MAX, bool timeline = true);
   void stop_recording(const std::shared_ptr<Recording>& recording);
   bool recording() const { return n_recordings_.load(std::memory_order_relaxed) > 0; }
   // Null if all recordings have as many rows as they want.

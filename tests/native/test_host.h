@@ -52,6 +52,10 @@ class TestHost final : public reprise::Host {
   bool is_default_device_mode(const c10::SafePyObject&) noexcept override { return false; }
   std::shared_ptr<c10::SafePyObject> cpu_device_mode() override { return nullptr; }
   std::optional<uint64_t> fingerprint_of_parts(const at::Tensor&) noexcept override { return {}; }
+  reprise::HookPair as_function_and_data(
+      std::unique_ptr<torch::autograd::SavedVariableHooks>) override {
+    throw std::logic_error("there is no compiled autograd here");
+  }
   bool reports_its_end(PyObject*) noexcept override { return true; }
   bool is_alone() noexcept override { return true; }
   bool stop_after_operator() noexcept override { return false; }
