@@ -236,3 +236,12 @@ def test_an_empty_recording_prints() -> None:
     with ledger.record() as r:
         pass
     assert list(r.rows) == [] and isinstance(str(r), str) and str(r)
+
+
+def test_views_of_parameters_are_no_bytes_that_were_not_saved() -> None:
+    linear = nn.Linear(8, 8)
+    before = ledger.bytes_not_saved()
+    out = call(lambda t: linear(t.sin()), leaf(4, 8))
+    # sin keeps its argument, an input; the product keeps sin's result and the transposed weight.
+    assert ledger.bytes_not_saved() - before == 4 * 8 * 4
+    out.sum().backward()
