@@ -34,8 +34,8 @@ WHEEL_ARGS  ?=
 TORCH_CUDA ?= 2.14.1
 VENV_CUDA  ?= .venv-cuda
 # What the libraries of requirements/integrations.txt train with: timm needs a torchvision.
-TORCH_INTEGRATIONS ?= 2.14.1
-TORCHVISION        ?= 0.29.1
+TORCH_INTEGRATIONS ?= $(TORCH_CUDA)
+VISION             ?= 0.29.1
 VENV_INTEGRATIONS  ?= .venv-integrations
 # OFF leaves the programs of tests/native out of the build.
 NATIVE_TESTS ?= ON
@@ -157,7 +157,7 @@ run-integrations: build $(STAMPS)/integrations
 
 $(STAMPS)/integrations: $(TORCH_STAMP) requirements/integrations.txt
 	@echo "== libraries that train"
-	@$(PIP) install torch==$(TORCH) torchvision==$(TORCHVISION) -r requirements/integrations.txt
+	@$(PIP) install torch==$(TORCH) torchvision==$(VISION) -r requirements/integrations.txt
 	@touch $@
 
 # The CUDA headers are those of the packages that come with torch. --fresh: CMake would remember
