@@ -12,6 +12,7 @@
 #   make sdist   dist/*.tar.gz, and a check that a build needs nothing else
 #   make wheels  from the sdist a wheel for each torch of packaging/versions.toml, checked, installed
 #                and tested there; one of them: make wheels WHEEL_TORCH=2.13.0
+#   make docs    the site of docs/ in build/docs; a warning is an error
 #   make bench   print all benchmarks, minutes each, and draw bench-*.png; one of them:
 #                make bench BENCH=scaling BENCH_ARGS="--csv scaling.csv"
 #   make build   the environment and an editable install, which the others start from
@@ -68,7 +69,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: build demo test test-native test-python test-cudasim run-cudasim test-integrations \
   run-integrations conformance soak \
-  sanitize lint stubtest format bench sdist wheels clean distclean
+  sanitize lint stubtest docs format bench sdist wheels clean distclean
 
 build: $(BUILD_STAMP)
 
@@ -180,6 +181,14 @@ lint: $(TORCH_STAMP)
 stubtest: build
 	$(BIN)/stubtest torch_reprise --mypy-config-file pyproject.toml \
 	  --allowlist packaging/stubtest_allowlist.txt
+
+# torch is not needed for it.
+docs: $(STAMPS)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/docs-cache docs build/docs
+
+$(STAMPS)/docs: requirements/docs.txt $(STAMPS)/tools
+	@$(PIP) install -r requirements/docs.txt
+	@touch $@
 
 format: $(STAMPS)/tools
 	$(BIN)/ruff check --fix .

@@ -20,7 +20,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import torch_reprise
 from torch_reprise import Checkpointer, CheckpointError, checkpoint, checkpoint_sequential, ledger
 
-
 # What Dynamo and inductor warn of when they look at anything: not about what is tested here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
