@@ -86,6 +86,10 @@ class Host {
   // Will the end of this GraphExecGroup be told to end_group()?
   virtual bool reports_its_end(PyObject* group) noexcept = 0;
 
+  // Does this process work together with others, which may wait for what fn does (a
+  // collective)? Called without any lock held.
+  virtual bool is_distributed() noexcept = 0;
+
   // Is no other thread running user code? Then nobody else can have drawn from a
   // generator that the whole process shares.
   virtual bool is_alone() noexcept = 0;

@@ -232,6 +232,16 @@ class PythonHost final : public Host {
            PyObject_TypeCheck(group, reinterpret_cast<PyTypeObject*>(g_group_type)) != 0;
   }
 
+  bool is_distributed() noexcept override {
+    WithInterpreter lock;
+    const ErrorSetAside outer_error;
+    PyObject* module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed");
+    Ref answer = module != nullptr
+                     ? Ref::steal(PyObject_CallMethod(module, "is_initialized", nullptr))
+                     : Ref();
+    return answer && answer.get() == Py_True;
+  }
+
   bool is_alone() noexcept override {
     WithInterpreter lock;
     PyThreadState* self = PyThreadState_Get();

@@ -61,6 +61,7 @@ void Replay::run(Segment& segment) {
   // First, and outside of every scope: an input may be a slot of an enclosing
   // segment, whose replay has an environment of its own.
   std::vector<at::Tensor> inputs = segment.unpack_inputs();
+  stop_where_others_do(segment);
   std::string rng_differs;
   {
     ReplayScope scope(segment);
@@ -79,6 +80,25 @@ void Replay::run(Segment& segment) {
   check(segment);
   if (!rng_differs.empty()) {
     fail(segment, rng_differs);
+  }
+}
+
+// Note [Early stop and other processes]
+//
+//     def fn(x):
+//         always = x.sin()
+//         total = all_reduce(always.detach().sum())
+//         return always, (always * total).sin()
+//
+// If one process dropped the second output and another one did not, the replay of the
+// first has all that its backward asks for before the collective, in which the other one
+// waits. So with other processes around, a replay goes on to where a replay of the whole
+// graph stops: the same point in all of them.
+void Replay::stop_where_others_do(Segment& segment) {
+  const auto last = static_cast<int64_t>(slots_at_start_) - 1;
+  if (last_wanted_ < last && !key_.none() && segment.options().early_stop &&
+      host().is_distributed()) {
+    last_wanted_ = last;  // of this thread's run, which has not begun
   }
 }
 

@@ -128,6 +128,8 @@ class Replay final : public c10::intrusive_ptr_target {
     std::optional<std::string> module;
   };
 
+  // Note [Early stop and other processes]. Called without any lock held.
+  void stop_where_others_do(Segment& segment);
   // Throws if the finished run does not match the forward.
   void check(Segment& segment);
   std::string mismatch_message(Segment& segment) const;

@@ -117,21 +117,29 @@ class Counting:
         return always, always.exp().sin()
 
 
-@pytest.mark.parametrize("early_stop", [True, False])
-def test_a_collective_after_all_that_backward_needs_is_left_out_with_early_stop(
-    early_stop: bool,
-) -> None:
-    """If another rank needs what comes after it, that one would wait for ever."""
+def calls_where_the_second_output_is_dropped(early_stop: bool) -> int:
     function = Counting()
     x = batch()
     y, _ = checkpointed(early_stop=early_stop)(function, x)
     del _
     y.sum().backward()
-    assert function.calls == (1 if early_stop else 2)
+    return function.calls
+
+
+def test_without_other_processes_a_replay_stops_at_what_this_backward_needs() -> None:
+    assert not dist.is_initialized()
+    assert calls_where_the_second_output_is_dropped(early_stop=True) == 1
+    assert calls_where_the_second_output_is_dropped(early_stop=False) == 2
 
 
 @on_each_rank
-def test_ranks_whose_graphs_differ_meet_in_collectives_without_early_stop() -> None:
+def test_with_others_a_replay_goes_on_to_where_theirs_may_go() -> None:
+    assert calls_where_the_second_output_is_dropped(early_stop=True) == 2
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@on_each_rank
+def test_ranks_whose_graphs_differ_meet_in_collectives(early_stop: bool) -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         always = x.sin()
         with torch.no_grad():
@@ -149,4 +157,4 @@ def test_ranks_whose_graphs_differ_meet_in_collectives_without_early_stop() -> N
         y.sum().backward()
         return [y, x.grad]
 
-    exact(program, replays=1, early_stop=False)
+    exact(program, replays=1, early_stop=early_stop)

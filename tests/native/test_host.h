@@ -57,6 +57,7 @@ class TestHost final : public reprise::Host {
     throw std::logic_error("there is no compiled autograd here");
   }
   bool reports_its_end(PyObject*) noexcept override { return true; }
+  bool is_distributed() noexcept override { return false; }
   bool is_alone() noexcept override { return true; }
   bool stop_after_operator() noexcept override { return false; }
   [[noreturn]] void throw_early_stop() override { throw EarlyStop(); }
