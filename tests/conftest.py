@@ -21,6 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# inductor compiles in this process: its pool of processes would leave threads behind, and there are
+# tests of what a process does that has none.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 sys.path.insert(0, str(Path(__file__).parent))  # `helpers`, whichever import mode pytest runs in
 
 from torch_reprise import ledger
