@@ -62,24 +62,27 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
 
 namespace {
 
-// Segments that begin under the same variables share a copy of them. Both are guarded by the
-// interpreter lock, and null once no program has the copy: it keeps what the variables hold.
+// Segments that begin under the same variables share a copy of them. All guarded by the
+// interpreter lock; null while no program has the copy, for it keeps what the variables hold.
 PyObject* g_shared_copy = nullptr;
 const void* g_shared_variables = nullptr;
+size_t g_holders = 0;  // programs that have it
 
 Ref copy_of_context() {
   const void* variables = reprise_context_variables();
   if (variables != nullptr && variables == g_shared_variables) {
+    ++g_holders;
     return Ref::borrow(g_shared_copy);
   }
   Ref copy = checked(PyContext_CopyCurrent());
   g_shared_copy = copy.get();
   g_shared_variables = variables;
+  g_holders = 1;
   return copy;
 }
 
 void drop_copy(Ref&& copy) {
-  if (copy.get() == g_shared_copy && copy && Py_REFCNT(copy.get()) == 1) {
+  if (copy && copy.get() == g_shared_copy && --g_holders == 0) {
     g_shared_copy = nullptr;
     g_shared_variables = nullptr;
   }
