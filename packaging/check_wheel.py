@@ -33,7 +33,14 @@ from label_wheel import _record, build_info, label
 from manifest import project
 
 PACKAGE = "torch_reprise"
-NEEDED = ("__init__.py", "__main__.py", "_C.pyi", "_build_info.py", "_build_info.pyi", "py.typed")
+NEEDED = (
+    *("__init__.py", "__main__.py", "_C.pyi", "_build_info.py", "_build_info.pyi", "py.typed"),
+    # The page of a report is made of these.
+    *(
+        f"_report/{name}"
+        for name in ("page.html", "page.css", "charts.js", "report.js", "table.js")
+    ),
+)
 ALLOWED_SUFFIXES = (".py", ".pyi", ".so", ".typed")
 # By these names the loader finds what torch has loaded, and the C and C++ run-time libraries.
 LIBRARIES = re.compile(
@@ -52,7 +59,8 @@ def content_problems(wheel: Path, files: dict[str, bytes]) -> list[str]:
     for name in files:
         if name.startswith(f"{info}/"):
             continue
-        if not name.startswith(f"{PACKAGE}/") or not name.endswith(ALLOWED_SUFFIXES):
+        inside = name.removeprefix(f"{PACKAGE}/")
+        if inside == name or not (inside in NEEDED or name.endswith(ALLOWED_SUFFIXES)):
             found.append(f"does not belong: {name}")
     libraries = [name for name in files if name.endswith(".so")]
     tag = wheel.name.split("-")[2].replace("cp", "cpython-")
