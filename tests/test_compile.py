@@ -6,6 +6,7 @@ order, with checkpointing or without.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,13 +104,9 @@ def test_a_segment_in_a_compiled_function_is_the_compilers_operator(
     model = Model()
     expected = model.expected()
     graphs = Graphs()
-    if installed:
-        torch_reprise.install()
-    try:
+    with torch_reprise.installed() if installed else contextlib.nullcontext():
         compiled = torch.compile(entries(model)[entry], backend=graphs, fullgraph=True)
         found = model.gradients(lambda x: compiled(x).backward())
-    finally:
-        torch_reprise.uninstall()
     assert equal(expected, found)
     assert len(graphs.targets) == 1
     assert graphs.targets[0].count("tag_activation_checkpoint") == 1
@@ -120,9 +117,7 @@ def test_a_segment_in_a_compiled_function_is_the_compilers_operator(
 def test_what_comes_after_dynamo_sees_torchs_entry(installed: bool, use_reentrant: bool) -> None:
     model = Model()
     expected = model.expected()
-    if installed:
-        torch_reprise.install()
-    try:
+    with torch_reprise.installed() if installed else contextlib.nullcontext():
         compiled = torch.compile(
             lambda x: checkpoint(model.body, x.sin(), use_reentrant=use_reentrant).sum(),
             backend="aot_eager",
@@ -131,8 +126,6 @@ def test_what_comes_after_dynamo_sees_torchs_entry(installed: bool, use_reentran
         before = ledger.segments()
         found = model.gradients(lambda x: compiled(x).backward())
         assert ledger.segments() == before, "the compiler decides what is recomputed"
-    finally:
-        torch_reprise.uninstall()
     assert equal(expected, found)
 
 
@@ -206,9 +199,7 @@ def test_compiled_functions_inside_keep_their_random_numbers() -> None:
 def test_a_segment_with_a_graph_break_is_ours(installed: bool, use_reentrant: bool) -> None:
     model = Model()
     expected = model.expected()
-    if installed:
-        torch_reprise.install()
-    try:
+    with torch_reprise.installed() if installed else contextlib.nullcontext():
         compiled = torch.compile(
             lambda x: checkpoint(model.broken, x.sin(), use_reentrant=use_reentrant).sum(),
             backend="aot_eager",
@@ -216,8 +207,6 @@ def test_a_segment_with_a_graph_break_is_ours(installed: bool, use_reentrant: bo
         before = ledger.replays()
         assert equal(expected, model.gradients(lambda x: compiled(x).backward()))
         assert ledger.replays() == before + 1
-    finally:
-        torch_reprise.uninstall()
 
 
 def test_a_replay_that_a_compiled_step_calls_runs_without_dynamo() -> None:

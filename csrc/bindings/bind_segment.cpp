@@ -91,6 +91,11 @@ Reach reach_of(PyObject* function, PyObject* given, long flags, std::vector<PyOb
   return reach;
 }
 
+constexpr const char* kSuppressed =
+    "torch_reprise: the forward context of context_fn suppressed an exception that the "
+    "checkpointed function raised, so there is nothing to return. Its __exit__ must return "
+    "False for exceptions of the function.";
+
 // A segment whose forward is about to run.
 struct Begun {
   c10::intrusive_ptr<Segment> segment;
@@ -161,10 +166,7 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     result = call_in_context(forward_context.get(), function, args, kwargs, &suppressed);
   }
   if (suppressed) {
-    set_checkpoint_error_message(
-        "torch_reprise: the forward context of context_fn suppressed an exception that the "
-        "checkpointed function raised, so there is nothing to return. Its __exit__ must return "
-        "False for exceptions of the function.");
+    set_checkpoint_error_message(kSuppressed);
   }
   if (!result) {
     return nullptr;
@@ -321,6 +323,7 @@ void bind_segment(py::module_& module) {
     throw py::error_already_set();
   }
   module.attr("TRACED") = py::reinterpret_borrow<py::object>(traced_marker());
+  module.attr("SUPPRESSED") = kSuppressed;
   py::class_<OpenSegment>(module, "OpenSegment")
       .def("end", &OpenSegment::end)
       .def("abandon", &OpenSegment::abandon);

@@ -36,6 +36,7 @@ class OpenSegment:
     def abandon(self) -> None: ...
 
 TRACED: object
+SUPPRESSED: str
 
 class Recording:
     @property

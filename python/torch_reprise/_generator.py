@@ -17,8 +17,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from . import _C
 from ._contexts import ContextFn
 from ._errors import CheckpointError, require_callable
-from .checkpoint import _flags, _is_noop, _validate, _with_selective_support, noop_context_fn
-from .debug import DebugSession, debug_enabled
+from .checkpoint import _contexts_of, _flags, _validate, noop_context_fn
 
 # Taken before install() puts ours there.
 _original: Any = torch_checkpoint._checkpoint_without_reentrant_generator
@@ -61,15 +60,9 @@ def checkpoint_without_reentrant_generator(
         preserve_rng_state=preserve_rng_state,
         respect_saved_tensors_hooks=respect_saved_tensors_hooks,
     )
-    contexts: ContextFn | None = None
-    if not _is_noop(context_fn):
-        contexts = _with_selective_support(
-            context_fn, respect_saved_tensors_hooks, preserve_rng_state
-        )
-    session = None
-    if debug_enabled(debug):
-        session = DebugSession()
-        contexts = session.wrap(contexts)
+    contexts, session = _contexts_of(
+        context_fn, respect_saved_tensors_hooks, preserve_rng_state, debug
+    )
     forward, replay = contexts() if contexts is not None else (None, None)
     flags = _flags(early_stop, preserve_rng_state, determinism_check)
     segment = _C.open_segment(fn, args, kwargs, flags, replay, session)
@@ -90,9 +83,5 @@ def checkpoint_without_reentrant_generator(
         raise
     if not returned:
         segment.abandon()
-        raise CheckpointError(
-            "torch_reprise: the forward context of context_fn suppressed an exception that the "
-            "checkpointed function raised, so there is nothing to return. Its __exit__ must return "
-            "False for exceptions of the function."
-        )
+        raise CheckpointError(_C.SUPPRESSED)
     segment.end()

@@ -175,6 +175,26 @@ def _with_selective_support(
     return contexts
 
 
+def _contexts_of(
+    context_fn: ContextFn,
+    respect_hooks: bool | None,
+    preserve_rng_state: bool,
+    debug: bool,
+    preserve_host_rng: bool = False,
+) -> tuple[ContextFn | None, DebugSession | None]:
+    """What makes the contexts around forward and replay, None if nothing is wanted around them."""
+    contexts: ContextFn | None = None
+    if not _is_noop(context_fn):
+        contexts = _with_selective_support(context_fn, respect_hooks, preserve_rng_state)
+    if preserve_host_rng:
+        contexts = with_host_rng(contexts)
+    session = None
+    if debug_enabled(debug):
+        session = DebugSession()
+        contexts = session.wrap(contexts)
+    return contexts, session
+
+
 def _warn_use_reentrant(name: str, stacklevel: int) -> None:
     warnings.warn(
         f"torch_reprise.{name}: pass use_reentrant explicitly. Without it the reentrant form is "
@@ -224,17 +244,9 @@ def _run(
         )
     if use_reentrant is not False:
         return _C.run_reentrant(function, args, kwargs, flags, generators)
-    contexts: ContextFn | None = None
-    if not _is_noop(context_fn):
-        contexts = _with_selective_support(
-            context_fn, respect_saved_tensors_hooks, preserve_rng_state
-        )
-    if preserve_host_rng:
-        contexts = with_host_rng(contexts)
-    session = None
-    if debug_enabled(debug):
-        session = DebugSession()
-        contexts = session.wrap(contexts)
+    contexts, session = _contexts_of(
+        context_fn, respect_saved_tensors_hooks, preserve_rng_state, debug, preserve_host_rng
+    )
     return _C.run_segment(function, args, kwargs, flags, contexts, session, generators)
 
 

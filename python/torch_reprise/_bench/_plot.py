@@ -9,32 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._look import INK, STYLE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#26323d"
-QUIET = "#6b7884"
 GRID = "#e6eaee"
 COLOURS = {"plain": "#aab4bf", "torch": "#e07b30", "ours": "#1f6fb4"}
 # For the second form, beside a bar of the first.
 PALE = {"plain": "#d5dbe1", "torch": "#f4c49c", "ours": "#9cc3e6"}
 
 _STYLE: dict[Any, Any] = {
-    "axes.edgecolor": "#c8d0d8",
+    **STYLE,
     "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
     "axes.titlepad": 12,
     "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
     "font.size": 10,
     "legend.frameon": False,
-    "text.color": INK,
-    "xtick.color": QUIET,
     "xtick.labelcolor": INK,
-    "ytick.color": QUIET,
     "ytick.labelcolor": INK,
 }
 

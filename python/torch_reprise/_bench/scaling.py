@@ -310,7 +310,8 @@ def remarks(curves: Curves) -> list[str]:
 
 def draw(curves: Curves, figure: Figure) -> None:
     """Cost per unit against size for the flat sweeps, whole cost against units for the nested."""
-    from ._plot import QUIET, curve, log_axes
+    from .._look import QUIET
+    from ._plot import curve, log_axes
 
     figure.set_size_inches(13.5, 5.2)
     titles = {

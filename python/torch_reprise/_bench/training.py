@@ -217,7 +217,8 @@ def tables(measured: Sequence[Measured]) -> list[Table]:
 
 def draw(measured: Sequence[Measured], figure: Figure) -> None:
     """Time and memory of every variant, the plain step being 1."""
-    from ._plot import QUIET, bars
+    from .._look import QUIET
+    from ._plot import bars
 
     figure.set_size_inches(12.5, 11.0)
     panels = figure.subplots(3, 1)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._look import INK, QUIET, STYLE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 # curves that lie on each other show as one line with seams of every colour.
 _COLOURS = ("#b9c2cc", "#ee8a45", "#1f6fb4", "#0d2b45")
 _WIDTHS = (9.0, 5.0, 2.4, 1.0)
-_INK = "#26323d"
-_QUIET = "#6b7884"
 
 
 def draw(report: Report, path: Path) -> None:
@@ -31,17 +31,9 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style: dict[Any, Any] = {
+        **STYLE,
         "font.size": 10,
-        "text.color": _INK,
-        "axes.labelcolor": _QUIET,
-        "axes.edgecolor": "#c8d0d8",
-        "xtick.color": _QUIET,
-        "ytick.color": _QUIET,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
         "axes.titlesize": 11.5,
-        "axes.titleweight": "bold",
         "axes.titlepad": 10,
     }
     checkpointed = [run for run in report.runs if run is not report.reference]
@@ -122,7 +114,7 @@ def _draw_memory(axes: Axes, report: Report) -> None:
             label=f"{run.name}: {trace.held / 2**20:.1f} MiB",
         )
     top = max((run.memory.peak / 2**20 for run in report.runs if run.memory), default=0.0)
-    axes.vlines(1, 0, top, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+    axes.vlines(1, 0, top, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
     axes.set_title("Tensor memory over one step (MiB)")
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)
@@ -156,7 +148,7 @@ def _draw_bars(
         )
     axes.axvline(0, color="#c8d0d8", linewidth=1)
     axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.tick_params(axis="x", bottom=False, labelbottom=False)
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.margins(x=0.25)

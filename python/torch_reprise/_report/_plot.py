@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._look import INK, QUIET, STYLE
 from ._picture import MOST_LAYERS, Picture
 from ._spans import KINDS
 from ._tables import readable
@@ -18,22 +19,12 @@ if TYPE_CHECKING:
 DPI = 150
 WIDTH = 11.5  # inches
 KIND_COLOURS = {"forward": "#9aa7b4", "replay": "#ee7f35", "backward": "#4d5f73"}
-_INK = "#26323d"
-_QUIET = "#6b7884"
 _STYLE: dict[Any, Any] = {
+    **STYLE,
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9.5,
-    "text.color": _INK,
     "text.parse_math": False,  # a dollar in a name is a dollar
-    "axes.labelcolor": _QUIET,
-    "axes.edgecolor": "#c8d0d8",
-    "xtick.color": _QUIET,
-    "ytick.color": _QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "axes.titleweight": "bold",
     "axes.titlepad": 10,
 }
 
@@ -92,7 +83,7 @@ def _draw_heading(figure: Figure, picture: Picture) -> None:
     words = [f"{name}: {value}" for name, value in picture.summary]
     lines = ["   ".join(words), *(line for n in picture.notes for line in textwrap.wrap(n, 150))]
     figure.suptitle(
-        "\n".join(_drawable(lines)), x=0.01, horizontalalignment="left", fontsize=9.5, color=_QUIET
+        "\n".join(_drawable(lines)), x=0.01, horizontalalignment="left", fontsize=9.5, color=QUIET
     )
 
 
@@ -125,7 +116,7 @@ def _draw_memory(axes: Axes, picture: Picture, top: int, title: str, legend: boo
     if picture.shows_without:
         without = [value / scale for value in picture.series.without]
         handles += axes.step(
-            times, without, where="post", color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), zorder=3
+            times, without, where="post", color=INK, linewidth=1.2, linestyle=(0, (4, 2)), zorder=3
         )
         labels.append(picture.without_label)
     for label, colour in reversed(picture.legend):  # the top of the stack first
@@ -133,7 +124,7 @@ def _draw_memory(axes: Axes, picture: Picture, top: int, title: str, legend: boo
         labels.append(_shortened(label))
     if picture.peak.bytes:
         at = picture.peak.time, picture.peak.bytes / scale
-        axes.plot(*at, marker="o", color=_INK, markersize=4.5, zorder=4)
+        axes.plot(*at, marker="o", color=INK, markersize=4.5, zorder=4)
         late = at[0] > (picture.begin + picture.end) / 2
         axes.annotate(
             f"peak {readable(picture.peak.bytes)}",
@@ -206,7 +197,7 @@ def _draw_timeline(axes: Axes, picture: Picture) -> None:
             for row, label in zip(picture.rows, picture.labels, strict=True)
         ]
         axes.set_yticks(range(count), _drawable(labels))
-        axes.tick_params(axis="y", length=0, labelcolor=_INK, labelsize=8.5)
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8.5)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"#{value + 1:,.0f}"))
