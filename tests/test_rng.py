@@ -267,6 +267,24 @@ def test_a_segment_that_puts_the_state_back_itself_is_rewound() -> None:
     assert bytes_kept[0] == 0 and bytes_kept[1] > 2500
 
 
+def test_a_segment_that_puts_the_state_back_around_another_one_is_rewound() -> None:
+    """The inner one begins where the outer one did, after the outer one drew."""
+
+    def program(run: Run) -> Any:
+        def function(x: Tensor) -> Tensor:
+            with torch.random.fork_rng(devices=[]):
+                noise = torch.rand_like(x)
+            return run(torch.sin, x * x * noise)
+
+        x = leaf(8)
+        out = run(function, x)
+        torch.rand(7)
+        out.sum().backward()
+        return out, grads([x])
+
+    assert_exact(program, replays=2)
+
+
 # Restored afterwards, whatever happens.
 
 

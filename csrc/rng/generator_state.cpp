@@ -7,6 +7,7 @@
 #include <pthread.h>
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <mutex>
@@ -100,36 +101,59 @@ bool same_engine(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
          std::memcmp(a.state_.data(), b.state_.data(), sizeof(a.state_)) == 0;
 }
 
+// The same for two states that came about by draws from one marked state. A turn replaces
+// every word, so that sixteen of them tell two turns apart.
+bool same_turn(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
+  return a.left_ == b.left_ && a.next_ == b.next_ &&
+         std::memcmp(a.state_.data(), b.state_.data(), 16 * sizeof(a.state_[0])) == 0;
+}
+
 template <typename T>
 bool same_bits(const std::optional<T>& a, const std::optional<T>& b) {
   return a.has_value() == b.has_value() &&
          (!a.has_value() || std::memcmp(&*a, &*b, sizeof(T)) == 0);
 }
 
+// The three bytes between seeded_ and next_: see Note [Drawn and put back]. 0: no mark.
+constexpr size_t kPadding = offsetof(at::mt19937_data_pod, seeded_) + sizeof(bool);
+static_assert(offsetof(at::mt19937_data_pod, next_) == kPadding + 3);
+
+uint32_t stamp_of(const at::mt19937_data_pod& data) {
+  uint32_t stamp = 0;
+  std::memcpy(&stamp, reinterpret_cast<const char*>(&data) + kPadding, 3);
+  return stamp;
+}
+
+void set_stamp(at::mt19937_data_pod& data, uint32_t stamp) {
+  std::memcpy(reinterpret_cast<char*>(&data) + kPadding, &stamp, 3);
+}
+
+uint32_t new_stamp() {
+  static std::atomic<uint32_t> last{0};
+  uint32_t stamp = 0;
+  while (stamp == 0) {
+    stamp = last.fetch_add(1, std::memory_order_relaxed) & 0xffffff;
+  }
+  return stamp;
+}
+
+// Does the generator, whose engine is `now`, stand where `state` was noted, when the
+// engine's mark was `stamp`?
 bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
-               const Mt19937State& state) {
-  return same_engine(now, state.engine) &&
+               const Mt19937State& state, uint32_t stamp) {
+  return (stamp != 0 && stamp_of(now) == stamp ? same_turn(now, state.engine)
+                                               : same_engine(now, state.engine)) &&
          same_bits(generator.next_float_normal_sample(), state.next_float) &&
          same_bits(generator.next_double_normal_sample(), state.next_double);
 }
 
 // The last state captured on this thread: a run of segments that draw nothing
 // shares it.
-thread_local std::shared_ptr<const Mt19937State> t_last_engine;
-
-// The three bytes between seeded_ and next_: see Note [Drawn and put back].
-constexpr size_t kPadding = offsetof(at::mt19937_data_pod, seeded_) + sizeof(bool);
-static_assert(offsetof(at::mt19937_data_pod, next_) == kPadding + 3);
-constexpr std::array<unsigned char, 3> kMark = {0x52, 0xe7, 0x19};
-
-bool is_marked(const at::mt19937_data_pod& data) {
-  return std::memcmp(reinterpret_cast<const char*>(&data) + kPadding, kMark.data(), 3) == 0;
-}
-
-void mark(at::mt19937_data_pod& data, bool on) {
-  constexpr std::array<unsigned char, 3> none = {0, 0, 0};
-  std::memcpy(reinterpret_cast<char*>(&data) + kPadding, (on ? kMark : none).data(), 3);
-}
+struct LastCaptured {
+  std::shared_ptr<const Mt19937State> engine;
+  uint32_t stamp = 0;
+};
+thread_local LastCaptured t_last;
 
 // Not cryptographic: it tells states of one generator apart, of which a program
 // meets few.
@@ -279,15 +303,6 @@ GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
   }
 }
 
-void GeneratorState::stamp(at::Generator& generator) {
-  if (kind_of(generator) != Kind::kMt19937) {
-    return;
-  }
-  auto* cpu = static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
-  std::lock_guard<std::mutex> lock(cpu->mutex_);
-  mark(compat::mt19937_data(*cpu), true);
-}
-
 bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   if (kind_ != Kind::kMt19937) {
     return false;
@@ -295,7 +310,7 @@ bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
   std::lock_guard<std::mutex> lock(cpu.mutex_);
   const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
-  return is_marked(now) && stands_at(cpu, now, *engine_);
+  return stamp_of(now) == stamp_ && stands_at(cpu, now, *engine_, stamp_);
 }
 
 GeneratorState GeneratorState::capture(const at::Generator& generator) {
@@ -306,15 +321,22 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
   switch (state.kind_) {
     case Kind::kMt19937: {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-      const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
-      if (!t_last_engine || !stands_at(cpu, now, *t_last_engine)) {
+      at::mt19937_data_pod& now = compat::mt19937_data(cpu);
+      LastCaptured& last = t_last;
+      if (!last.engine || !stands_at(cpu, now, *last.engine, last.stamp)) {
         auto fresh = std::allocate_shared<Mt19937State>(StateAllocator<Mt19937State>());
         std::memcpy(&fresh->engine, &now, sizeof(now));
         fresh->next_float = cpu.next_float_normal_sample();
         fresh->next_double = cpu.next_double_normal_sample();
-        t_last_engine = std::move(fresh);
+        last.engine = std::move(fresh);
       }
-      state.engine_ = t_last_engine;
+      last.stamp = stamp_of(now);
+      if (last.stamp == 0) {
+        last.stamp = new_stamp();
+        set_stamp(now, last.stamp);
+      }
+      state.engine_ = last.engine;
+      state.stamp_ = last.stamp;
       break;
     }
     case Kind::kPhilox: {
@@ -347,7 +369,7 @@ bool GeneratorState::apply(at::Generator& generator) const {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
       at::mt19937_data_pod& data = compat::mt19937_data(cpu);
       std::memcpy(&data, &engine_->engine, sizeof(data));
-      mark(data, false);  // it is set, not drawn to
+      set_stamp(data, 0);  // it is set, not drawn to
       cpu.set_next_float_normal_sample(engine_->next_float);
       cpu.set_next_double_normal_sample(engine_->next_double);
       break;
@@ -373,7 +395,7 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
            impl->current_seed() == seed_;
   }
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-  return stands_at(cpu, compat::mt19937_data(cpu), *engine_);
+  return stands_at(cpu, compat::mt19937_data(cpu), *engine_, stamp_);
 }
 
 bool GeneratorState::is_state_of(const at::Generator& generator, const GeneratorMark& mark) const {
@@ -513,7 +535,7 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
       const at::mt19937_data_pod& engine = compat::mt19937_data(cpu);
       mark.seed_ = engine.seed_;
-      mark.only_drawn_to_ = is_marked(engine);
+      mark.stamp_ = stamp_of(engine);
       // A fresh block is made when the words of the last one are used up.
       mark.position_ = engine.left_ == 1 ? 624 : engine.next_;
       mark.block_ = hash_block(engine);

@@ -49,14 +49,17 @@ class GeneratorState {
   // carry it. (The standard lets padding change at any copy. Then the state is
   // kept, which is always right.)
   //
-  // stamp() sets the mark; is_untouched_since() is true if it is still there and
-  // the state is this one. Always false for other kinds than mt19937.
-  static void stamp(at::Generator& generator);
+  // capture() gives an engine without a mark one that no other has, so that a segment
+  // which begins after a state was set, inside of another one, does not make that one
+  // believe that nothing happened. (There are 2^24 marks; then they begin again.)
+  //
+  // is_untouched_since(): is the mark still the one that was there at the capture, and
+  // the state this one? Always false for other kinds than mt19937.
   bool is_untouched_since(const at::Generator& generator) const;
 
   // Takes the generator's mutex, as every reader of a generator must.
   // Consecutive captures of a CPU generator that did not move in between give
-  // states that share their memory.
+  // states that share their memory. Marks it: Note [Drawn and put back].
   static GeneratorState capture(const at::Generator& generator);
   // A state that was never noted but is known.
   static GeneratorState philox(uint64_t seed, uint64_t offset);
@@ -88,11 +91,14 @@ class GeneratorState {
   std::optional<uint64_t> draws_until(const GeneratorMark& mark) const;
 
  private:
+  friend class GeneratorMark;
+
   Kind kind_ = Kind::kPhilox;
   uint64_t seed_ = 0;                           // philox
   uint64_t offset_ = 0;                         // philox
   CaptureId capture_ = kNoCapture;              // philox: what offset_ belongs to
   std::shared_ptr<const Mt19937State> engine_;  // mt19937: strong, shared
+  uint32_t stamp_ = 0;                          // mt19937: the engine's mark at the capture
   at::Tensor opaque_;                           // opaque: strong
 };
 
@@ -106,8 +112,10 @@ class GeneratorMark {
   // Is this further on than `other`? Unknown for opaque states, after a new
   // seed, and for mt19937 unless both stand in the same block of 624 words.
   bool is_beyond(const GeneratorMark& other) const;
-  // Did the generator come here by draws alone since stamp()? False where unknown.
-  bool only_drawn_to() const { return only_drawn_to_; }
+  // Did the generator come here from `begin` by draws alone? False where unknown.
+  bool only_drawn_since(const GeneratorState& begin) const {
+    return stamp_ != 0 && stamp_ == begin.stamp_;
+  }
   std::string describe() const;
 
  private:
@@ -119,8 +127,8 @@ class GeneratorMark {
   // mt19937: hash of the 624 words; opaque: of all bytes; philox: the stream capture
   // that position_ belongs to.
   uint64_t block_ = 0;
-  uint64_t cached_ = 0;         // mt19937: hash of the cached normal samples
-  bool only_drawn_to_ = false;  // how it came here, not where it is: not compared
+  uint64_t cached_ = 0;  // mt19937: hash of the cached normal samples
+  uint32_t stamp_ = 0;   // mt19937: how it came here, not where it is: not compared
 };
 
 }  // namespace reprise

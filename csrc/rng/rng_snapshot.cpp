@@ -119,12 +119,6 @@ bool RngSnapshot::contains(const at::Generator& generator) const {
                      [&](const Entry& entry) { return entry.generator == generator; });
 }
 
-void RngSnapshot::stamp() {
-  for (auto& entry : entries_) {
-    GeneratorState::stamp(entry.generator);
-  }
-}
-
 RngSnapshot RngSnapshot::needed_by_a_replay(
     const c10::SmallVectorImpl<c10::Device>& devices) const {
   RngSnapshot needed;
@@ -208,7 +202,7 @@ std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alon
     }
     const GeneratorMark& now = marks[i];
     // A forward that sets its generator may be anywhere when it is stopped.
-    if (stopped_early ? !entry.end->only_drawn_to() || !now.is_beyond(*entry.end)
+    if (stopped_early ? !entry.end->only_drawn_since(entry.state) || !now.is_beyond(*entry.end)
                       : now == *entry.end) {
       continue;
     }

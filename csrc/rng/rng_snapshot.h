@@ -62,8 +62,6 @@ class RngSnapshot {
   static RngSnapshot capture(Generators generators);
 
   // --- a segment's stash ---
-  // Marks the generators, so that needed_by_a_replay() can tell.
-  void stamp();
   // The forward is over. Without the generators that it cannot have used: an
   // mt19937 engine that nobody touched, and other kinds that stand where they
   // stood and whose device no tensor of the segment was on (16 bytes each stay

@@ -69,7 +69,6 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   if (options.preserve_rng_state) {
     segment->stash_ = RngSnapshot::capture_defaults(generators);
-    segment->stash_.stamp();
   }
   segment->reached_.note(reached);
   if (options.check_values) {

@@ -193,7 +193,6 @@ TEST(a_scope_rewinds_and_puts_back) {
   TestHost::install();
   at::manual_seed(1);
   auto stash = reprise::RngSnapshot::capture_defaults();
-  stash.stamp();
   const auto drawn = at::rand({5});
   stash = stash.needed_by_a_replay(kNoDevices);
   EXPECT(stash.names() == std::vector<std::string>{"cpu"});
@@ -210,7 +209,6 @@ TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
   TestHost::install();
   at::manual_seed(1);
   auto stash = reprise::RngSnapshot::capture_defaults();
-  stash.stamp();
   stash = stash.needed_by_a_replay(kNoDevices);
   EXPECT(stash.empty());
   const auto before = at::globalContext().defaultGenerator(at::kCPU).get_state();
@@ -226,7 +224,6 @@ TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
 TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
   at::manual_seed(1);
   auto stash = reprise::RngSnapshot::capture_defaults();
-  stash.stamp();
   auto generator = at::globalContext().defaultGenerator(at::kCPU);
   const auto tensor = generator.get_state();
   at::rand({3});
@@ -239,19 +236,39 @@ TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
 TEST(marks_go_with_a_seed_and_stay_with_draws) {
   auto generator = at::detail::createCPUGenerator(3);
   const auto before = generator.get_state();
-  GeneratorState::stamp(generator);
-  EXPECT(at::equal(generator.get_state(), before));  // not to be seen
   const auto captured = GeneratorState::capture(generator);
+  EXPECT(at::equal(generator.get_state(), before));  // not to be seen
   EXPECT(captured.is_untouched_since(generator));
   generator.get<at::CPUGeneratorImpl>()->random();
   EXPECT(!captured.is_untouched_since(generator));
   captured.apply(generator);
   EXPECT(captured.is_state_of(generator));
   EXPECT(!captured.is_untouched_since(generator));  // put back is not untouched
-  GeneratorState::stamp(generator);
-  EXPECT(captured.is_untouched_since(generator));
+  const auto again = GeneratorState::capture(generator);
+  EXPECT(again.is_untouched_since(generator));
+  EXPECT(!captured.is_untouched_since(generator));  // nor is it if others begin here
+  EXPECT(captured == again);
   generator.set_current_seed(3);
+  EXPECT(!again.is_untouched_since(generator));
+}
+
+TEST(states_of_the_same_position_in_different_turns_differ) {
+  auto generator = at::detail::createCPUGenerator(3);
+  auto* engine = generator.get<at::CPUGeneratorImpl>();
+  engine->random();
+  const auto captured = GeneratorState::capture(generator);
+  const auto mark = reprise::GeneratorMark::of(generator);
+  for (int i = 0; i < 624; ++i) {
+    engine->random();
+  }
+  EXPECT(!captured.is_state_of(generator));
   EXPECT(!captured.is_untouched_since(generator));
+  EXPECT(!(GeneratorState::capture(generator) == captured));
+  EXPECT_EQ(captured.draws_until(reprise::GeneratorMark::of(generator)).value(), 624u);
+  EXPECT(reprise::GeneratorMark::of(generator).only_drawn_since(captured));
+  EXPECT(mark.only_drawn_since(captured));
+  captured.apply(generator);
+  EXPECT(!reprise::GeneratorMark::of(generator).only_drawn_since(captured));
 }
 
 TEST_MAIN()
