@@ -90,12 +90,12 @@ void bind_snapshot(py::module_& module) {
       .def_static(
           "from_tensors",
           [](const std::vector<at::Generator>& generators, const std::vector<at::Tensor>& tensors) {
-            RngSnapshot snapshot;
+            std::vector<std::pair<at::Generator, GeneratorState>> states;
             for (size_t i = 0; i < generators.size(); ++i) {
-              snapshot.add(generators[i],
-                           GeneratorState::from_tensor(generators[i], tensors.at(i)));
+              states.emplace_back(generators[i],
+                                  GeneratorState::from_tensor(generators[i], tensors.at(i)));
             }
-            return snapshot;
+            return RngSnapshot::of(std::move(states));
           })
       .def("restore", [](RngSnapshot& self) { self.restore_moved(); })
       .def("equal", &equal)

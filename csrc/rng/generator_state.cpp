@@ -361,7 +361,7 @@ GeneratorState GeneratorState::philox(uint64_t seed, uint64_t offset) {
   return state;
 }
 
-bool GeneratorState::apply(at::Generator& generator) const {
+bool GeneratorState::apply(const at::Generator& generator) const {
   auto* impl = generator.unsafeGetGeneratorImpl();
   std::lock_guard<std::mutex> lock(impl->mutex_);
   switch (kind_) {

@@ -65,7 +65,7 @@ class GeneratorState {
   static GeneratorState philox(uint64_t seed, uint64_t offset);
   // False, and nothing is done, for a Philox state of another stream capture than
   // the one that the generator's device is in now.
-  bool apply(at::Generator& generator) const;
+  bool apply(const at::Generator& generator) const;
 
   // Does `generator` stand where this state was captured? Cheaper than a
   // capture: nothing is allocated for mt19937 and philox.
@@ -73,6 +73,12 @@ class GeneratorState {
   // The same, for a generator that stands at `mark`: no look at it is needed where
   // the mark is the whole state, which is so for philox.
   bool is_state_of(const at::Generator& generator, const GeneratorMark& mark) const;
+
+  // Would capture() give this state again? False where the answer costs as much as that.
+  bool is_still_of(const at::Generator& generator) const {
+    return kind_ == Kind::kMt19937 ? is_untouched_since(generator)
+                                   : kind_ == Kind::kPhilox && is_state_of(generator);
+  }
 
   bool operator==(const GeneratorState& other) const;
 

@@ -15,17 +15,21 @@ class RngScope {
  public:
   // `stash` holds the states to rewind to. Throws OutOfReach if one belongs to
   // another stream capture.
-  RngScope(RngSnapshot& stash, bool enabled) : stash_(stash), enabled_(enabled) {
+  RngScope(const RngSnapshot& stash, bool enabled) : stash_(stash), enabled_(enabled) {
     if (!enabled_) {
       return;
     }
-    const auto generators = stash.generators();
+    GeneratorList generators;
     if (!stash.empty()) {
+      generators = stash.generators();
       lease_.emplace(generators);  // before they are noted: see Note [Turns]
     }
     turns_ = GeneratorLease::turns();
     if (!GeneratorLease::held_by_others()) {
       others_ = RngSnapshot::capture_defaults_except(stash);
+    }
+    if (stash.empty()) {
+      return;
     }
     outer_ = RngSnapshot::capture(generators);
     try {
@@ -95,7 +99,7 @@ class RngScope {
     enabled_ = false;
   }
 
-  RngSnapshot& stash_;
+  const RngSnapshot& stash_;
   bool enabled_;
   uint64_t turns_ = 0;                   // taken when this was made
   std::optional<GeneratorLease> lease_;  // given back last

@@ -38,14 +38,27 @@ bool is_initialised(c10::DeviceType type) {
   return initialised_query() ? initialised_query()(type) : accelerator_has_context(type);
 }
 
-void append_generators(c10::DeviceType type, c10::SmallVector<at::Generator, 2>& out) {
+template <typename Visit>
+void visit_generators(c10::DeviceType type, const Visit& visit) {
   if (!is_initialised(type)) {
     return;
   }
   const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
   const auto count = hooks.deviceCount();
   for (c10::DeviceIndex index = 0; index < count; ++index) {
-    out.push_back(hooks.getDefaultGenerator(index));
+    visit(hooks.getDefaultGenerator(index));
+  }
+}
+
+// Calls `visit` with each default generator that exists now, CPU first.
+template <typename Visit>
+void visit_defaults(const Visit& visit) {
+  visit(at::detail::getDefaultCPUGenerator());
+  for (auto type : built_accelerators()) {
+    visit_generators(type, visit);
+  }
+  if (at::isPrivateUse1HooksRegistered()) {
+    visit_generators(c10::DeviceType::PrivateUse1, visit);
   }
 }
 
@@ -63,15 +76,9 @@ bool accelerator_has_context(c10::DeviceType type) {
 
 void set_initialised_query(InitialisedQuery query) { initialised_query() = std::move(query); }
 
-c10::SmallVector<at::Generator, 2> default_generators() {
-  c10::SmallVector<at::Generator, 2> generators;
-  generators.push_back(at::detail::getDefaultCPUGenerator());
-  for (auto type : built_accelerators()) {
-    append_generators(type, generators);
-  }
-  if (at::isPrivateUse1HooksRegistered()) {
-    append_generators(c10::DeviceType::PrivateUse1, generators);
-  }
+GeneratorList default_generators() {
+  GeneratorList generators;
+  visit_defaults([&generators](const at::Generator& g) { generators.push_back(g); });
   return generators;
 }
 
@@ -86,43 +93,92 @@ std::string generator_name(const at::Generator& generator) {
   return "explicit " + name;
 }
 
+RngSnapshot::RngSnapshot(Entries&& entries)
+    : entries_(entries.empty() ? nullptr : std::make_shared<const Entries>(std::move(entries))) {}
+
+const RngSnapshot::Entries& RngSnapshot::entries() const {
+  static const auto& none = *new Entries;
+  return entries_ ? *entries_ : none;
+}
+
+const RngSnapshot& RngSnapshot::of_defaults() {
+  thread_local RngSnapshot last;
+  const Entries& known = last.entries();
+  size_t next = 0;
+  bool same = true;
+  visit_defaults([&](const at::Generator& generator) {
+    same = same && next < known.size() && known[next].generator == generator &&
+           known[next].state.is_still_of(generator);
+    ++next;
+  });
+  if (!same || next != known.size()) {
+    Entries entries;
+    next = 0;
+    visit_defaults([&](const at::Generator& generator) {
+      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
+    });
+    last = RngSnapshot(std::move(entries));
+  }
+  return last;
+}
+
 RngSnapshot RngSnapshot::capture_defaults(Generators others) {
-  auto generators = default_generators();
-  generators.append(others.begin(), others.end());
-  return capture(generators);
+  if (others.empty()) {
+    return of_defaults();
+  }
+  Entries entries = of_defaults().entries();
+  for (const auto& generator : others) {
+    if (!contains(entries, generator)) {
+      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
+    }
+  }
+  return RngSnapshot(std::move(entries));
 }
 
 RngSnapshot RngSnapshot::capture_defaults_except(const RngSnapshot& known) {
-  auto generators = default_generators();
-  generators.erase(std::remove_if(generators.begin(), generators.end(),
-                                  [&known](const auto& g) { return known.contains(g); }),
-                   generators.end());
-  return capture(generators);
+  if (known.empty()) {
+    return of_defaults();
+  }
+  Entries entries;
+  visit_defaults([&](const at::Generator& generator) {
+    if (!known.contains(generator)) {
+      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
+    }
+  });
+  return RngSnapshot(std::move(entries));
 }
 
 RngSnapshot RngSnapshot::capture(Generators generators) {
-  RngSnapshot snapshot;
+  Entries entries;
   for (const auto& generator : generators) {
-    if (!snapshot.contains(generator)) {
-      snapshot.add(generator, GeneratorState::capture(generator));
+    if (!contains(entries, generator)) {
+      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
     }
   }
-  return snapshot;
+  return RngSnapshot(std::move(entries));
 }
 
-void RngSnapshot::add(at::Generator generator, GeneratorState state) {
-  entries_.push_back({std::move(generator), std::move(state), std::nullopt, false});
+RngSnapshot RngSnapshot::of(std::vector<std::pair<at::Generator, GeneratorState>> states) {
+  Entries entries;
+  for (auto& [generator, state] : states) {
+    entries.push_back({std::move(generator), std::move(state), std::nullopt, false});
+  }
+  return RngSnapshot(std::move(entries));
+}
+
+bool RngSnapshot::contains(const Entries& entries, const at::Generator& generator) {
+  return std::any_of(entries.begin(), entries.end(),
+                     [&](const Entry& entry) { return entry.generator == generator; });
 }
 
 bool RngSnapshot::contains(const at::Generator& generator) const {
-  return std::any_of(entries_.begin(), entries_.end(),
-                     [&](const Entry& entry) { return entry.generator == generator; });
+  return contains(entries(), generator);
 }
 
 RngSnapshot RngSnapshot::needed_by_a_replay(
     const c10::SmallVectorImpl<c10::Device>& devices) const {
-  RngSnapshot needed;
-  for (const auto& e : entries_) {
+  Entries needed;
+  for (const auto& e : entries()) {
     if (e.state.is_untouched_since(e.generator)) {
       continue;
     }
@@ -131,15 +187,15 @@ RngSnapshot RngSnapshot::needed_by_a_replay(
     const bool moved = !e.state.is_state_of(e.generator, end);
     if (moved || e.state.kind() == GeneratorState::Kind::kMt19937 ||
         std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
-      needed.entries_.push_back({e.generator, e.state, end, moved});
+      needed.push_back({e.generator, e.state, end, moved});
     }
   }
-  return needed;
+  return RngSnapshot(std::move(needed));
 }
 
 std::vector<std::string> RngSnapshot::names_of_moved() const {
   std::vector<std::string> names;
-  for (const auto& entry : entries_) {
+  for (const auto& entry : entries()) {
     if (entry.moved) {
       names.push_back(generator_name(entry.generator));
     }
@@ -165,28 +221,33 @@ bool is_fresh(const at::Generator& generator) {
 
 std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   std::vector<std::string> unknown;
-  for (auto& generator : default_generators()) {
+  Entries newcomers;
+  visit_defaults([&](const at::Generator& generator) {
     if (before.contains(generator)) {
-      continue;
+      return;
     }
     if (GeneratorState::kind_of(generator) != GeneratorState::Kind::kPhilox) {
       if (!is_fresh(generator)) {
         unknown.push_back(generator_name(generator));
       }
-      continue;
+      return;
     }
     auto state = GeneratorState::philox(generator.current_seed(), 0);
     if (!state.is_state_of(generator)) {
-      auto end = GeneratorMark::of(generator);
-      entries_.push_back({std::move(generator), std::move(state), end, true});
+      newcomers.push_back({generator, std::move(state), GeneratorMark::of(generator), true});
     }
+  });
+  if (!newcomers.empty()) {
+    Entries all = entries();
+    all.append(newcomers.begin(), newcomers.end());
+    *this = RngSnapshot(std::move(all));
   }
   return unknown;
 }
 
 RngSnapshot::Marks RngSnapshot::marks() const {
   Marks marks;
-  for (const auto& entry : entries_) {
+  for (const auto& entry : entries()) {
     marks.push_back(GeneratorMark::of(entry.generator));
   }
   return marks;
@@ -194,8 +255,8 @@ RngSnapshot::Marks RngSnapshot::marks() const {
 
 std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alone,
                                     const Marks& marks) const {
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const Entry& entry = entries_[i];
+  for (size_t i = 0; i < size(); ++i) {
+    const Entry& entry = entries()[i];
     if (!entry.end.has_value() ||  // the forward is not over: nothing to compare with
         std::find(left_alone.begin(), left_alone.end(), i) != left_alone.end()) {
       continue;
@@ -226,15 +287,15 @@ std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alon
 }
 
 bool RngSnapshot::any_moved() const {
-  return std::any_of(entries_.begin(), entries_.end(),
+  return std::any_of(entries().begin(), entries().end(),
                      [](const Entry& e) { return !e.state.is_state_of(e.generator); });
 }
 
-c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved(const Marks* marks) {
-  c10::SmallVector<at::Generator, 2> moved;
+GeneratorList RngSnapshot::restore_moved(const Marks* marks) const {
+  GeneratorList moved;
   std::exception_ptr error;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    Entry& entry = entries_[i];
+  for (size_t i = 0; i < size(); ++i) {
+    const Entry& entry = entries()[i];
     try {
       if (marks != nullptr ? !entry.state.is_state_of(entry.generator, (*marks)[i])
                            : !entry.state.is_state_of(entry.generator)) {
@@ -253,11 +314,11 @@ c10::SmallVector<at::Generator, 2> RngSnapshot::restore_moved(const Marks* marks
   return moved;
 }
 
-RngSnapshot::Indices RngSnapshot::apply(const RngSnapshot& now) {
+RngSnapshot::Indices RngSnapshot::apply(const RngSnapshot& now) const {
   Indices left_alone;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    Entry& entry = entries_[i];
-    if (entry.state == now.entries_[i].state || entry.state.apply(entry.generator)) {
+  for (size_t i = 0; i < size(); ++i) {
+    const Entry& entry = entries()[i];
+    if (entry.state == now.state(i) || entry.state.apply(entry.generator)) {
       continue;
     }
     if (entry.moved || !entry.end.has_value()) {
@@ -282,7 +343,7 @@ std::string RngSnapshot::out_of_reach(const Entry& entry) {
 
 size_t RngSnapshot::nbytes(std::unordered_set<const void*>& seen) const {
   size_t total = 0;
-  for (const auto& entry : entries_) {
+  for (const auto& entry : entries()) {
     if (seen.insert(entry.state.address()).second) {
       total += entry.state.nbytes();
     }
@@ -292,16 +353,16 @@ size_t RngSnapshot::nbytes(std::unordered_set<const void*>& seen) const {
 
 std::vector<std::string> RngSnapshot::names() const {
   std::vector<std::string> names;
-  names.reserve(entries_.size());
-  for (const auto& entry : entries_) {
+  names.reserve(size());
+  for (const auto& entry : entries()) {
     names.push_back(generator_name(entry.generator));
   }
   return names;
 }
 
-c10::SmallVector<at::Generator, 2> RngSnapshot::generators() const {
-  c10::SmallVector<at::Generator, 2> generators;
-  for (const auto& entry : entries_) {
+GeneratorList RngSnapshot::generators() const {
+  GeneratorList generators;
+  for (const auto& entry : entries()) {
     generators.push_back(entry.generator);
   }
   return generators;

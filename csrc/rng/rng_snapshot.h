@@ -1,4 +1,5 @@
-// Where a set of generators stands at one moment.
+// Where a set of generators stands at one moment. Immutable once made and shared by its
+// copies: a run of segments that draw nothing holds one.
 //
 // Which generators: the default generator of the CPU and of every device of
 // every accelerator that is initialised, wherever the tensors are, and the
@@ -12,6 +13,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -24,7 +26,8 @@
 namespace reprise {
 
 // The default generators that exist now, CPU first.
-c10::SmallVector<at::Generator, 2> default_generators();
+using GeneratorList = c10::SmallVector<at::Generator, 2>;
+GeneratorList default_generators();
 
 // Tells whether an accelerator is initialised; the core cannot know for CUDA
 // without a CUDA header (its own query would initialise the driver), so the
@@ -53,6 +56,8 @@ class RngSnapshot {
   using Indices = c10::SmallVector<size_t, 1>;
   using Marks = c10::SmallVector<GeneratorMark, 1>;
 
+  // Holds nothing.
+  RngSnapshot() = default;
   // The default generators, and `others` (explicit torch.Generator objects).
   // Each once, however often it is named.
   static RngSnapshot capture_defaults(Generators others = {});
@@ -67,10 +72,10 @@ class RngSnapshot {
   // stood and whose device no tensor of the segment was on (16 bytes each stay
   // for the others). Notes where the rest stands now: a replay must end there.
   RngSnapshot needed_by_a_replay(const c10::SmallVectorImpl<c10::Device>& devices) const;
-  // After that: generators that exist now and did not when this was
-  // captured, and that moved since. A Philox generator began at offset 0 with
-  // the seed it has; of others nothing is known: their names are returned.
-  // `before`: the whole snapshot of the segment's beginning.
+  // After that, on what it returned: adds generators that exist now and did not when
+  // `before` was captured, the whole snapshot of the segment's beginning, and that moved
+  // since. A Philox generator began at offset 0 with the seed it has; of others nothing
+  // is known: their names are returned.
   std::vector<std::string> add_newcomers(const RngSnapshot& before);
   // The first generator that does not stand where the forward left it, in words;
   // empty if there is none. `stopped_early`: it may stand before that, not beyond.
@@ -85,26 +90,25 @@ class RngSnapshot {
   // returns them. An error of one does not keep the others from being put
   // back; it is thrown at the end, OutOfReach if it is a stream capture.
   // `marks`: where they stand now, if that is known.
-  c10::SmallVector<at::Generator, 2> restore_moved(const Marks* marks = nullptr);
+  GeneratorList restore_moved(const Marks* marks = nullptr) const;
   // Puts every generator where it was captured; `now`: the same generators in the
   // same order, where they stand now. Left alone, and returned, are those
   // that the forward did not move and that are in another stream capture now; for
   // one that it moved, OutOfReach is thrown.
-  Indices apply(const RngSnapshot& now);
+  Indices apply(const RngSnapshot& now) const;
 
   bool contains(const at::Generator& generator) const;
-  bool empty() const { return entries_.empty(); }
-  size_t size() const { return entries_.size(); }
-  void clear() { entries_.clear(); }
+  bool empty() const { return entries_ == nullptr; }
+  size_t size() const { return entries().size(); }
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.
   size_t nbytes(std::unordered_set<const void*>& seen) const;
   std::vector<std::string> names() const;
   // Those that do not stand where they were captured any more at the forward's end.
   std::vector<std::string> names_of_moved() const;
-  c10::SmallVector<at::Generator, 2> generators() const;
-  const GeneratorState& state(size_t index) const { return entries_[index].state; }
-  const at::Generator& generator(size_t index) const { return entries_[index].generator; }
-  void add(at::Generator generator, GeneratorState state);
+  GeneratorList generators() const;
+  const GeneratorState& state(size_t index) const { return entries()[index].state; }
+  const at::Generator& generator(size_t index) const { return entries()[index].generator; }
+  static RngSnapshot of(std::vector<std::pair<at::Generator, GeneratorState>> states);
 
  private:
   struct Entry {
@@ -113,9 +117,17 @@ class RngSnapshot {
     std::optional<GeneratorMark> end;  // where the forward left it, once that is over
     bool moved = false;                // by the forward, as far as its end tells
   };
-  static std::string out_of_reach(const Entry& entry);
   // One entry inline: most programs have the CPU alone, most stashes one device.
-  c10::SmallVector<Entry, 1> entries_;
+  using Entries = c10::SmallVector<Entry, 1>;
+  explicit RngSnapshot(Entries&& entries);
+  // The default generators where they stand now; the thread's last snapshot of them if
+  // they stand there still.
+  static const RngSnapshot& of_defaults();
+  const Entries& entries() const;
+  static bool contains(const Entries& entries, const at::Generator& generator);
+  static std::string out_of_reach(const Entry& entry);
+
+  std::shared_ptr<const Entries> entries_;  // null: none
 };
 
 }  // namespace reprise

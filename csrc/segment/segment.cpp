@@ -107,7 +107,7 @@ void Segment::drop() noexcept {
     }
   }
   inputs_.clear();
-  stash_.clear();
+  stash_ = RngSnapshot();
   reached_ = ReachedState();
   ambient_ = AmbientState();
   program_.reset();

@@ -140,7 +140,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // The inputs as tensors again, version-checked; may replay an enclosing segment.
   std::vector<at::Tensor> unpack_inputs() const;
   Program& program() { return *program_; }
-  RngSnapshot& stash() { return stash_; }
+  const RngSnapshot& stash() const { return stash_; }
   const AmbientState& ambient() const { return ambient_; }
   const ReachedState& reached() const { return reached_; }
   const SegmentOptions& options() const { return options_; }
