@@ -238,7 +238,7 @@ struct ChainToken : c10::SafePyObject {
 };
 
 const std::string& chain_key() {
-  static const auto* key = new std::string("torch_reprise.chain");
+  static const auto* key = new std::string("reprise.chain");  // short: no memory of its own
   return *key;
 }
 
@@ -246,7 +246,7 @@ const std::string& chain_key() {
 
 uint64_t chain_token() {
   using at::impl::ThreadLocalPythonObjects;
-  if (!ThreadLocalPythonObjects::contains(chain_key())) {
+  if (!ThreadLocalPythonObjects::contains(chain_key())) {  // get() would throw
     return 0;
   }
   return static_cast<const ChainToken&>(*ThreadLocalPythonObjects::get(chain_key())).number;
@@ -257,7 +257,14 @@ void set_chain_token(uint64_t token) {
   if (token == 0) {
     ThreadLocalPythonObjects::erase(chain_key());
   } else {
-    ThreadLocalPythonObjects::set(chain_key(), std::make_shared<ChainToken>(token));
+    // Threads of a backward may still have the last one.
+    thread_local std::shared_ptr<ChainToken> last;
+    if (last && last.use_count() == 1) {
+      last->number = token;
+    } else {
+      last = std::make_shared<ChainToken>(token);
+    }
+    ThreadLocalPythonObjects::set(chain_key(), last);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "host.h"
 #include "rng/rng_snapshot.h"
@@ -50,6 +51,11 @@ bool held_by_other(const State& s, const void* generator, uint64_t token) {
   });
 }
 
+bool held_by_other_than(const State& s, uint64_t token) {
+  return std::any_of(s.held.begin(), s.held.end(),
+                     [token](const auto& held) { return held.second != token; });
+}
+
 }  // namespace
 
 bool GeneratorLease::try_take(uint64_t token, c10::ArrayRef<at::Generator> generators) {
@@ -67,13 +73,15 @@ bool GeneratorLease::try_take(uint64_t token, c10::ArrayRef<at::Generator> gener
       taken_.push_back(impl);
     }
   }
+  others_held_ = s.held.size() > taken_.size() && held_by_other_than(s, token);
   // Last: whoever counts this turn as one of the past sees that it is held.
-  g_turns.fetch_add(1);
+  turn_ = g_turns.fetch_add(1) + 1;
   return true;
 }
 
 GeneratorLease::GeneratorLease(c10::ArrayRef<at::Generator> generators) {
-  uint64_t token = compat::chain_token();
+  // While a chain has a token it holds a lease.
+  uint64_t token = g_held.load() == 0 ? 0 : compat::chain_token();
   if (token == 0) {
     begins_chain_ = true;
     token = ++g_last_token;
@@ -146,8 +154,7 @@ bool GeneratorLease::held_by_others() {
   const uint64_t token = compat::chain_token();
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
-  return std::any_of(s.held.begin(), s.held.end(),
-                     [token](const auto& held) { return held.second != token; });
+  return held_by_other_than(s, token);
 }
 
 uint64_t GeneratorLease::turns() { return g_turns.load(); }

@@ -29,11 +29,11 @@
 
 #include <ATen/core/Generator.h>
 #include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <chrono>
 #include <cstdint>
 #include <thread>
-#include <vector>
 
 namespace reprise {
 
@@ -45,6 +45,11 @@ class GeneratorLease {
   ~GeneratorLease();
   GeneratorLease(const GeneratorLease&) = delete;
   GeneratorLease& operator=(const GeneratorLease&) = delete;
+
+  // How many turns there were when this one was taken, itself included.
+  uint64_t turn() const { return turn_; }
+  // Did another chain hold any generator then?
+  bool others_held() const { return others_held_; }
 
   // Does the chain that this thread works for hold a lease?
   static bool held_by_this_chain();
@@ -63,7 +68,9 @@ class GeneratorLease {
   bool try_take(uint64_t token, c10::ArrayRef<at::Generator> generators);
 
   bool begins_chain_ = false;
-  std::vector<const void*> taken_;  // by this object, to be given back by it
+  bool others_held_ = false;
+  uint64_t turn_ = 0;
+  c10::SmallVector<const void*, 2> taken_;  // by this object, to be given back by it
 };
 
 }  // namespace reprise

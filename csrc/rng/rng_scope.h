@@ -19,17 +19,18 @@ class RngScope {
     if (!enabled_) {
       return;
     }
-    GeneratorList generators;
-    if (!stash.empty()) {
-      generators = stash.generators();
-      lease_.emplace(generators);  // before they are noted: see Note [Turns]
-    }
-    turns_ = GeneratorLease::turns();
-    if (!GeneratorLease::held_by_others()) {
-      others_ = RngSnapshot::capture_defaults_except(stash);
-    }
     if (stash.empty()) {
+      turns_ = GeneratorLease::turns();
+      if (!GeneratorLease::held_by_others()) {
+        others_ = RngSnapshot::capture_defaults();
+      }
       return;
+    }
+    const auto generators = stash.generators();
+    lease_.emplace(generators);  // before they are noted: see Note [Turns]
+    turns_ = lease_->turn();
+    if (!lease_->others_held()) {
+      others_ = RngSnapshot::capture_defaults_except(stash);
     }
     outer_ = RngSnapshot::capture(generators);
     try {

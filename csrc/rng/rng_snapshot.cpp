@@ -93,8 +93,12 @@ std::string generator_name(const at::Generator& generator) {
   return "explicit " + name;
 }
 
-RngSnapshot::RngSnapshot(Entries&& entries)
-    : entries_(entries.empty() ? nullptr : std::make_shared<const Entries>(std::move(entries))) {}
+RngSnapshot::Entries& RngSnapshot::made(NewEntries& entries) {
+  if (!entries) {
+    entries = std::make_shared<Entries>();
+  }
+  return *entries;
+}
 
 const RngSnapshot::Entries& RngSnapshot::entries() const {
   static const auto& none = *new Entries;
@@ -112,11 +116,8 @@ const RngSnapshot& RngSnapshot::of_defaults() {
     ++next;
   });
   if (!same || next != known.size()) {
-    Entries entries;
-    next = 0;
-    visit_defaults([&](const at::Generator& generator) {
-      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
-    });
+    NewEntries entries;
+    visit_defaults([&entries](const at::Generator& generator) { capture_one(entries, generator); });
     last = RngSnapshot(std::move(entries));
   }
   return last;
@@ -126,11 +127,9 @@ RngSnapshot RngSnapshot::capture_defaults(Generators others) {
   if (others.empty()) {
     return of_defaults();
   }
-  Entries entries = of_defaults().entries();
+  auto entries = std::make_shared<Entries>(of_defaults().entries());
   for (const auto& generator : others) {
-    if (!contains(entries, generator)) {
-      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
-    }
+    capture_one(entries, generator);
   }
   return RngSnapshot(std::move(entries));
 }
@@ -139,31 +138,36 @@ RngSnapshot RngSnapshot::capture_defaults_except(const RngSnapshot& known) {
   if (known.empty()) {
     return of_defaults();
   }
-  Entries entries;
+  NewEntries entries;
   visit_defaults([&](const at::Generator& generator) {
     if (!known.contains(generator)) {
-      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
+      capture_one(entries, generator);
     }
   });
   return RngSnapshot(std::move(entries));
 }
 
 RngSnapshot RngSnapshot::capture(Generators generators) {
-  Entries entries;
+  NewEntries entries;
   for (const auto& generator : generators) {
-    if (!contains(entries, generator)) {
-      entries.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
-    }
+    capture_one(entries, generator);
   }
   return RngSnapshot(std::move(entries));
 }
 
 RngSnapshot RngSnapshot::of(std::vector<std::pair<at::Generator, GeneratorState>> states) {
-  Entries entries;
+  NewEntries entries;
   for (auto& [generator, state] : states) {
-    entries.push_back({std::move(generator), std::move(state), std::nullopt, false});
+    made(entries).push_back({std::move(generator), std::move(state), std::nullopt, false});
   }
   return RngSnapshot(std::move(entries));
+}
+
+void RngSnapshot::capture_one(NewEntries& entries, const at::Generator& generator) {
+  Entries& all = made(entries);
+  if (!RngSnapshot::contains(all, generator)) {
+    all.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
+  }
 }
 
 bool RngSnapshot::contains(const Entries& entries, const at::Generator& generator) {
@@ -177,7 +181,7 @@ bool RngSnapshot::contains(const at::Generator& generator) const {
 
 RngSnapshot RngSnapshot::needed_by_a_replay(
     const c10::SmallVectorImpl<c10::Device>& devices) const {
-  Entries needed;
+  NewEntries needed;
   for (const auto& e : entries()) {
     if (e.state.is_untouched_since(e.generator)) {
       continue;
@@ -187,7 +191,7 @@ RngSnapshot RngSnapshot::needed_by_a_replay(
     const bool moved = !e.state.is_state_of(e.generator, end);
     if (moved || e.state.kind() == GeneratorState::Kind::kMt19937 ||
         std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
-      needed.push_back({e.generator, e.state, end, moved});
+      made(needed).push_back({e.generator, e.state, end, moved});
     }
   }
   return RngSnapshot(std::move(needed));
@@ -221,7 +225,7 @@ bool is_fresh(const at::Generator& generator) {
 
 std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   std::vector<std::string> unknown;
-  Entries newcomers;
+  NewEntries newcomers;
   visit_defaults([&](const at::Generator& generator) {
     if (before.contains(generator)) {
       return;
@@ -234,12 +238,13 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
     }
     auto state = GeneratorState::philox(generator.current_seed(), 0);
     if (!state.is_state_of(generator)) {
-      newcomers.push_back({generator, std::move(state), GeneratorMark::of(generator), true});
+      made(newcomers).push_back(
+          {generator, std::move(state), GeneratorMark::of(generator), true});
     }
   });
-  if (!newcomers.empty()) {
-    Entries all = entries();
-    all.append(newcomers.begin(), newcomers.end());
+  if (newcomers) {
+    auto all = std::make_shared<Entries>(entries());
+    all->append(newcomers->begin(), newcomers->end());
     *this = RngSnapshot(std::move(all));
   }
   return unknown;

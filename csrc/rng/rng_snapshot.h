@@ -119,12 +119,17 @@ class RngSnapshot {
   };
   // One entry inline: most programs have the CPU alone, most stashes one device.
   using Entries = c10::SmallVector<Entry, 1>;
-  explicit RngSnapshot(Entries&& entries);
+  // Filled before it is shared; null: none.
+  using NewEntries = std::shared_ptr<Entries>;
+  explicit RngSnapshot(NewEntries entries) : entries_(std::move(entries)) {}
+  static Entries& made(NewEntries& entries);
+  static bool contains(const Entries& entries, const at::Generator& generator);
+  // Adds where a generator stands now, unless it is there already.
+  static void capture_one(NewEntries& entries, const at::Generator& generator);
   // The default generators where they stand now; the thread's last snapshot of them if
   // they stand there still.
   static const RngSnapshot& of_defaults();
   const Entries& entries() const;
-  static bool contains(const Entries& entries, const at::Generator& generator);
   static std::string out_of_reach(const Entry& entry);
 
   std::shared_ptr<const Entries> entries_;  // null: none
