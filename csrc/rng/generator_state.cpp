@@ -20,18 +20,16 @@
 
 namespace reprise {
 
-struct Mt19937State {
-  at::mt19937_data_pod engine;
-  std::optional<float> next_float;
-  std::optional<double> next_double;
+struct Mt19937Block {
+  at::mt19937_data_pod engine;  // its position is that of the first capture
 };
 
 namespace {
 
-// Memory of mt19937 states that nobody needs any more, for the next ones. Asking
+// Memory of mt19937 blocks that nobody needs any more, for the next ones. Asking
 // malloc for 2.5 KB makes it tidy up all small blocks first, which costs a segment
 // several times what is done with the state.
-class StateMemory {
+class BlockMemory {
  public:
   static void* take(size_t size) {
     {
@@ -58,12 +56,12 @@ class StateMemory {
  private:
   static constexpr size_t kMostBlocks = 256;  // 640 KB: as many segments with dropout
 
-  StateMemory() { blocks_.reserve(kMostBlocks); }
-  static StateMemory& get() {
-    static StateMemory* memory = [] {
+  BlockMemory() { blocks_.reserve(kMostBlocks); }
+  static BlockMemory& get() {
+    static BlockMemory* memory = [] {
       // A thread that held the lock when the process forked is not in the child.
       pthread_atfork(nullptr, nullptr, [] { new (&get().mutex_) std::mutex; });
-      return new StateMemory;  // never destroyed: states may outlive static teardown
+      return new BlockMemory;  // never destroyed: blocks may outlive static teardown
     }();
     return *memory;
   }
@@ -73,18 +71,18 @@ class StateMemory {
 };
 
 template <typename T>
-struct StateAllocator {
+struct BlockAllocator {
   using value_type = T;
-  StateAllocator() = default;
+  BlockAllocator() = default;
   template <typename U>
-  StateAllocator(const StateAllocator<U>&) {}  // NOLINT: allocators convert
+  BlockAllocator(const BlockAllocator<U>&) {}  // NOLINT: allocators convert
   T* allocate(size_t) {
-    // What allocate_shared() makes: the state and its counts.
+    // What allocate_shared() makes: the words and their counts.
     static_assert(sizeof(T) > sizeof(at::mt19937_data_pod) && alignof(T) <= alignof(max_align_t));
-    return static_cast<T*>(StateMemory::take(sizeof(T)));
+    return static_cast<T*>(BlockMemory::take(sizeof(T)));
   }
-  void deallocate(T* block, size_t) { StateMemory::give_back(block); }
-  bool operator==(const StateAllocator&) const { return true; }
+  void deallocate(T* block, size_t) { BlockMemory::give_back(block); }
+  bool operator==(const BlockAllocator&) const { return true; }
 };
 
 at::CPUGeneratorImpl* as_cpu(const at::Generator& generator) {
@@ -94,18 +92,16 @@ at::CPUGeneratorImpl* as_cpu(const at::Generator& generator) {
                                                        : nullptr;
 }
 
-bool same_engine(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
-  // The position decides nearly always; after a whole number of turns only the
-  // words themselves tell.
-  return a.left_ == b.left_ && a.next_ == b.next_ && a.seed_ == b.seed_ && a.seeded_ == b.seeded_ &&
+// The words of an engine and what they came from, not how many of them are used up.
+bool same_words(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
+  return a.seed_ == b.seed_ && a.seeded_ == b.seeded_ &&
          std::memcmp(a.state_.data(), b.state_.data(), sizeof(a.state_)) == 0;
 }
 
-// The same for two states that came about by draws from one marked state. A turn replaces
-// every word, so that sixteen of them tell two turns apart.
+// The same for two that came about by draws from one marked state. A turn replaces every
+// word, so that sixteen of them tell two turns apart.
 bool same_turn(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
-  return a.left_ == b.left_ && a.next_ == b.next_ &&
-         std::memcmp(a.state_.data(), b.state_.data(), 16 * sizeof(a.state_[0])) == 0;
+  return std::memcmp(a.state_.data(), b.state_.data(), 16 * sizeof(a.state_[0])) == 0;
 }
 
 template <typename T>
@@ -137,23 +133,19 @@ uint32_t new_stamp() {
   return stamp;
 }
 
-// Does the generator, whose engine is `now`, stand where `state` was noted, when the
-// engine's mark was `stamp`?
-bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
-               const Mt19937State& state, uint32_t stamp) {
-  return (stamp != 0 && stamp_of(now) == stamp ? same_turn(now, state.engine)
-                                               : same_engine(now, state.engine)) &&
-         same_bits(generator.next_float_normal_sample(), state.next_float) &&
-         same_bits(generator.next_double_normal_sample(), state.next_double);
+// Are these the words of the engine that had this mark when they were noted?
+bool has_words(const at::mt19937_data_pod& now, const Mt19937Block& block, uint32_t stamp) {
+  return stamp != 0 && stamp_of(now) == stamp ? same_turn(now, block.engine)
+                                              : same_words(now, block.engine);
 }
 
-// The last state captured on this thread: a run of segments that draw nothing
-// shares it.
-struct LastCaptured {
-  std::shared_ptr<const Mt19937State> engine;
+// The words that the last CPU generator had that was captured or set on this thread, and
+// its mark.
+struct LastBlock {
+  std::shared_ptr<const Mt19937Block> block;
   uint32_t stamp = 0;
 };
-thread_local LastCaptured t_last;
+thread_local LastBlock t_last;
 
 // Not cryptographic: it tells states of one generator apart, of which a program
 // meets few.
@@ -303,6 +295,59 @@ GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
   }
 }
 
+// All with the generator's mutex held.
+struct GeneratorState::Mt19937 {
+  static bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
+                        const GeneratorState& state) {
+    // The position decides nearly always.
+    return now.left_ == state.left_ && now.next_ == state.next_ &&
+           has_words(now, *state.block_, state.stamp_) &&
+           same_bits(generator.next_float_normal_sample(), state.next_float_) &&
+           same_bits(generator.next_double_normal_sample(), state.next_double_);
+  }
+
+  static void capture(at::CPUGeneratorImpl& generator, GeneratorState& state) {
+    at::mt19937_data_pod& now = compat::mt19937_data(generator);
+    LastBlock& last = t_last;
+    if (!last.block || !has_words(now, *last.block, last.stamp)) {
+      auto fresh = std::allocate_shared<Mt19937Block>(BlockAllocator<Mt19937Block>());
+      std::memcpy(&fresh->engine, &now, sizeof(now));
+      last.block = std::move(fresh);
+    }
+    last.stamp = stamp_of(now);
+    if (last.stamp == 0) {
+      last.stamp = new_stamp();
+      set_stamp(now, last.stamp);
+    }
+    state.block_ = last.block;
+    state.stamp_ = last.stamp;
+    state.left_ = now.left_;
+    state.next_ = now.next_;
+    state.next_float_ = generator.next_float_normal_sample();
+    state.next_double_ = generator.next_double_normal_sample();
+  }
+
+  static void apply(at::CPUGeneratorImpl& generator, const GeneratorState& state) {
+    at::mt19937_data_pod& data = compat::mt19937_data(generator);
+    LastBlock& last = t_last;
+    const uint32_t stamp = stamp_of(data);
+    const bool has_them = stamp != 0 &&
+                          (stamp == state.stamp_ ||
+                           (stamp == last.stamp && last.block == state.block_)) &&
+                          same_turn(data, state.block_->engine);
+    if (!has_them) {
+      std::memcpy(&data, &state.block_->engine, sizeof(data));
+    }
+    data.left_ = state.left_;
+    data.next_ = state.next_;
+    generator.set_next_float_normal_sample(state.next_float_);
+    generator.set_next_double_normal_sample(state.next_double_);
+    // It is set, not drawn to: another mark than any before.
+    last = {state.block_, new_stamp()};
+    set_stamp(data, last.stamp);
+  }
+};
+
 bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   if (kind_ != Kind::kMt19937) {
     return false;
@@ -310,7 +355,7 @@ bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
   std::lock_guard<std::mutex> lock(cpu.mutex_);
   const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
-  return stamp_of(now) == stamp_ && stands_at(cpu, now, *engine_, stamp_);
+  return stamp_of(now) == stamp_ && Mt19937::stands_at(cpu, now, *this);
 }
 
 GeneratorState GeneratorState::capture(const at::Generator& generator) {
@@ -319,26 +364,9 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
   auto* impl = generator.unsafeGetGeneratorImpl();
   std::lock_guard<std::mutex> lock(impl->mutex_);
   switch (state.kind_) {
-    case Kind::kMt19937: {
-      auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-      at::mt19937_data_pod& now = compat::mt19937_data(cpu);
-      LastCaptured& last = t_last;
-      if (!last.engine || !stands_at(cpu, now, *last.engine, last.stamp)) {
-        auto fresh = std::allocate_shared<Mt19937State>(StateAllocator<Mt19937State>());
-        std::memcpy(&fresh->engine, &now, sizeof(now));
-        fresh->next_float = cpu.next_float_normal_sample();
-        fresh->next_double = cpu.next_double_normal_sample();
-        last.engine = std::move(fresh);
-      }
-      last.stamp = stamp_of(now);
-      if (last.stamp == 0) {
-        last.stamp = new_stamp();
-        set_stamp(now, last.stamp);
-      }
-      state.engine_ = last.engine;
-      state.stamp_ = last.stamp;
+    case Kind::kMt19937:
+      Mt19937::capture(*static_cast<at::CPUGeneratorImpl*>(impl), state);
       break;
-    }
     case Kind::kPhilox: {
       const auto position = position_of(*impl);
       state.seed_ = impl->current_seed();
@@ -365,15 +393,9 @@ bool GeneratorState::apply(const at::Generator& generator) const {
   auto* impl = generator.unsafeGetGeneratorImpl();
   std::lock_guard<std::mutex> lock(impl->mutex_);
   switch (kind_) {
-    case Kind::kMt19937: {
-      auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-      at::mt19937_data_pod& data = compat::mt19937_data(cpu);
-      std::memcpy(&data, &engine_->engine, sizeof(data));
-      set_stamp(data, 0);  // it is set, not drawn to
-      cpu.set_next_float_normal_sample(engine_->next_float);
-      cpu.set_next_double_normal_sample(engine_->next_double);
+    case Kind::kMt19937:
+      Mt19937::apply(*static_cast<at::CPUGeneratorImpl*>(impl), *this);
       break;
-    }
     case Kind::kPhilox:
       return set_position(*impl, seed_, {offset_, capture_});
     case Kind::kOpaque:
@@ -395,7 +417,7 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
            impl->current_seed() == seed_;
   }
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-  return stands_at(cpu, compat::mt19937_data(cpu), *engine_, stamp_);
+  return Mt19937::stands_at(cpu, compat::mt19937_data(cpu), *this);
 }
 
 bool GeneratorState::is_state_of(const at::Generator& generator, const GeneratorMark& mark) const {
@@ -412,10 +434,10 @@ bool GeneratorState::operator==(const GeneratorState& other) const {
   }
   switch (kind_) {
     case Kind::kMt19937:
-      return engine_ == other.engine_ ||
-             (same_engine(engine_->engine, other.engine_->engine) &&
-              same_bits(engine_->next_float, other.engine_->next_float) &&
-              same_bits(engine_->next_double, other.engine_->next_double));
+      return left_ == other.left_ && next_ == other.next_ &&
+             (block_ == other.block_ || same_words(block_->engine, other.block_->engine)) &&
+             same_bits(next_float_, other.next_float_) &&
+             same_bits(next_double_, other.next_double_);
     case Kind::kPhilox:
       return seed_ == other.seed_ && offset_ == other.offset_ && capture_ == other.capture_;
     case Kind::kOpaque:
@@ -475,7 +497,7 @@ GeneratorState GeneratorState::from_tensor(const at::Generator& generator,
 size_t GeneratorState::nbytes() const {
   switch (kind_) {
     case Kind::kMt19937:
-      return sizeof(Mt19937State);
+      return sizeof(Mt19937Block);
     case Kind::kPhilox:
       return kPhiloxBytes + (capture_ == kNoCapture ? 0 : sizeof(capture_));
     case Kind::kOpaque:
@@ -487,7 +509,7 @@ size_t GeneratorState::nbytes() const {
 const void* GeneratorState::address() const {
   switch (kind_) {
     case Kind::kMt19937:
-      return engine_.get();
+      return block_.get();
     case Kind::kPhilox:
       return this;
     case Kind::kOpaque:
@@ -507,8 +529,8 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
   }
   // Goes through the blocks: a microsecond for each 624 draws, in an error only.
   constexpr uint64_t kMostBlocks = 100'000;
-  at::mt19937_data_pod data = engine_->engine;
-  const uint64_t begin = data.left_ == 1 ? 624 : data.next_;
+  at::mt19937_data_pod data = block_->engine;
+  const uint64_t begin = left_ == 1 ? 624 : next_;
   uint64_t draws = 0;
   for (uint64_t block = 0; block < kMostBlocks; ++block) {
     const uint64_t first = block == 0 ? begin : 0;
@@ -585,7 +607,7 @@ std::string GeneratorMark::describe() const {
 std::string GeneratorState::describe() const {
   switch (kind_) {
     case Kind::kMt19937:
-      return c10::str("mt19937 seed ", engine_->engine.seed_, ", word ", engine_->engine.next_,
+      return c10::str("mt19937 seed ", block_->engine.seed_, ", word ", next_,
                       " of 624");
     case Kind::kPhilox:
       return c10::str("philox seed ", seed_, describe_offset(offset_, capture_));

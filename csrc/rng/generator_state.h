@@ -4,6 +4,9 @@
 //   mt19937  torch's CPU generator: the engine (2,504 bytes) and its two cached
 //            normal samples, copied natively. torch's own state tensor has
 //            5,056 bytes and costs an allocation and a conversion each way.
+//            The engine makes 624 words at a time and hands them out one by one, so
+//            that states between two turns share a block of words, and going from one
+//            to the other is setting a position.
 //   philox   (seed, offset): all there is to know of a CUDA, XPU or MPS
 //            generator. Read and written through virtuals of GeneratorImpl,
 //            with no device header, no tensor and no synchronisation. While a
@@ -25,7 +28,7 @@
 
 namespace reprise {
 
-struct Mt19937State;  // immutable once made, shared between segments
+struct Mt19937Block;  // immutable once made, shared between segments
 
 class GeneratorMark;
 
@@ -58,8 +61,8 @@ class GeneratorState {
   bool is_untouched_since(const at::Generator& generator) const;
 
   // Takes the generator's mutex, as every reader of a generator must.
-  // Consecutive captures of a CPU generator that did not move in between give
-  // states that share their memory. Marks it: Note [Drawn and put back].
+  // Consecutive captures of a CPU generator give states that share their memory as long
+  // as it makes no new words in between. Marks it: Note [Drawn and put back].
   static GeneratorState capture(const at::Generator& generator);
   // A state that was never noted but is known.
   static GeneratorState philox(uint64_t seed, uint64_t offset);
@@ -98,14 +101,21 @@ class GeneratorState {
 
  private:
   friend class GeneratorMark;
+  struct Mt19937;  // what concerns that kind alone
 
   Kind kind_ = Kind::kPhilox;
-  uint64_t seed_ = 0;                           // philox
-  uint64_t offset_ = 0;                         // philox
-  CaptureId capture_ = kNoCapture;              // philox: what offset_ belongs to
-  std::shared_ptr<const Mt19937State> engine_;  // mt19937: strong, shared
-  uint32_t stamp_ = 0;                          // mt19937: the engine's mark at the capture
-  at::Tensor opaque_;                           // opaque: strong
+  uint64_t seed_ = 0;               // philox
+  uint64_t offset_ = 0;             // philox
+  CaptureId capture_ = kNoCapture;  // philox: what offset_ belongs to
+  // mt19937: the words, shared; how many of them are left and which is next; what is left
+  // of pairs of normal samples; the engine's mark at the capture.
+  std::shared_ptr<const Mt19937Block> block_;
+  int left_ = 0;
+  uint32_t next_ = 0;
+  std::optional<float> next_float_;
+  std::optional<double> next_double_;
+  uint32_t stamp_ = 0;
+  at::Tensor opaque_;  // opaque: strong
 };
 
 // Where a generator stands, to be compared and told but not restored: what a
