@@ -58,15 +58,15 @@ bool held_by_other_than(const State& s, uint64_t token) {
 
 }  // namespace
 
-bool GeneratorLease::try_take(uint64_t token, c10::ArrayRef<at::Generator> generators) {
+bool GeneratorLease::try_take(uint64_t token, const RngSnapshot& stash) {
   State& s = state();
-  for (const auto& generator : generators) {
-    if (held_by_other(s, generator.unsafeGetGeneratorImpl(), token)) {
+  for (size_t i = 0; i < stash.size(); ++i) {
+    if (held_by_other(s, stash.generator(i).unsafeGetGeneratorImpl(), token)) {
       return false;
     }
   }
-  for (const auto& generator : generators) {
-    const void* impl = generator.unsafeGetGeneratorImpl();
+  for (size_t i = 0; i < stash.size(); ++i) {
+    const void* impl = stash.generator(i).unsafeGetGeneratorImpl();
     if (std::find(s.held.begin(), s.held.end(), std::pair(impl, token)) == s.held.end()) {
       s.held.emplace_back(impl, token);
       g_held.store(s.held.size());
@@ -79,7 +79,7 @@ bool GeneratorLease::try_take(uint64_t token, c10::ArrayRef<at::Generator> gener
   return true;
 }
 
-GeneratorLease::GeneratorLease(c10::ArrayRef<at::Generator> generators) {
+GeneratorLease::GeneratorLease(const RngSnapshot& stash) {
   // While a chain has a token it holds a lease.
   uint64_t token = g_held.load() == 0 ? 0 : compat::chain_token();
   if (token == 0) {
@@ -91,20 +91,20 @@ GeneratorLease::GeneratorLease(c10::ArrayRef<at::Generator> generators) {
   {
     // Uncontended, which is nearly always, the interpreter lock is not touched.
     std::lock_guard<std::mutex> lock(s.mutex);
-    taken = try_take(token, generators);
+    taken = try_take(token, stash);
   }
   if (!taken) {
     const InterpreterReleased released;
     const auto self = std::this_thread::get_id();
     std::unique_lock<std::mutex> lock(s.mutex);
     s.waiting.push_back(self);
-    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, generators); });
+    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, stash); });
     s.waiting.erase(std::find(s.waiting.begin(), s.waiting.end(), self));
   }
   if (!taken) {
     host().throw_checkpoint_error(c10::str(
         "torch_reprise: a replay waited ", wait_limit().count() / 1000.0,
-        " s for the random generator ", generator_name(generators.front()),
+        " s for the random generator ", generator_name(stash.generator(0)),
         ", which the replay of another thread has rewound and not put back. Does its function "
         "wait for this thread (a barrier, a collective, join)? Replays that draw from one "
         "generator take turns: give each thread a generator or device of its own, or pass "

@@ -27,8 +27,6 @@
 // the replay's. Give such threads generators of their own.
 #pragma once
 
-#include <ATen/core/Generator.h>
-#include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
 
 #include <chrono>
@@ -37,11 +35,13 @@
 
 namespace reprise {
 
+class RngSnapshot;
+
 class GeneratorLease {
  public:
-  // Waits until no other chain holds any of `generators`. What this chain holds
-  // already is not waited for. Throws CheckpointError after wait_limit().
-  explicit GeneratorLease(c10::ArrayRef<at::Generator> generators);
+  // Waits until no other chain holds any of the generators of `stash`. What this chain
+  // holds already is not waited for. Throws CheckpointError after wait_limit().
+  explicit GeneratorLease(const RngSnapshot& stash);
   ~GeneratorLease();
   GeneratorLease(const GeneratorLease&) = delete;
   GeneratorLease& operator=(const GeneratorLease&) = delete;
@@ -65,7 +65,7 @@ class GeneratorLease {
   static void set_wait_limit(std::chrono::milliseconds limit);
 
  private:
-  bool try_take(uint64_t token, c10::ArrayRef<at::Generator> generators);
+  bool try_take(uint64_t token, const RngSnapshot& stash);
 
   bool begins_chain_ = false;
   bool others_held_ = false;

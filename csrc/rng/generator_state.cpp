@@ -295,8 +295,12 @@ GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
   }
 }
 
-// All with the generator's mutex held.
 struct GeneratorState::Mt19937 {
+  // How many words of a block are used up. A new block is made when one more is asked for.
+  static uint64_t position(int left, uint32_t next) { return left == 1 ? 624 : next; }
+
+  // The rest with the generator's mutex held.
+
   static bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
                         const GeneratorState& state) {
     // The position decides nearly always.
@@ -421,6 +425,9 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
 }
 
 bool GeneratorState::is_state_of(const at::Generator& generator, const GeneratorMark& mark) const {
+  if (kind_ == Kind::kMt19937 && mark.position_ != Mt19937::position(left_, next_)) {
+    return false;
+  }
   if (kind_ != Kind::kPhilox) {
     return is_state_of(generator);
   }
@@ -530,7 +537,7 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
   // Goes through the blocks: a microsecond for each 624 draws, in an error only.
   constexpr uint64_t kMostBlocks = 100'000;
   at::mt19937_data_pod data = block_->engine;
-  const uint64_t begin = left_ == 1 ? 624 : next_;
+  const uint64_t begin = Mt19937::position(left_, next_);
   uint64_t draws = 0;
   for (uint64_t block = 0; block < kMostBlocks; ++block) {
     const uint64_t first = block == 0 ? begin : 0;
@@ -558,8 +565,7 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       const at::mt19937_data_pod& engine = compat::mt19937_data(cpu);
       mark.seed_ = engine.seed_;
       mark.stamp_ = stamp_of(engine);
-      // A fresh block is made when the words of the last one are used up.
-      mark.position_ = engine.left_ == 1 ? 624 : engine.next_;
+      mark.position_ = GeneratorState::Mt19937::position(engine.left_, engine.next_);
       mark.block_ = hash_block(engine);
       mark.cached_ = hash_optional(cpu.next_float_normal_sample()) +
                      3 * hash_optional(cpu.next_double_normal_sample());

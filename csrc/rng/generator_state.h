@@ -74,7 +74,7 @@ class GeneratorState {
   // capture: nothing is allocated for mt19937 and philox.
   bool is_state_of(const at::Generator& generator) const;
   // The same, for a generator that stands at `mark`: no look at it is needed where
-  // the mark is the whole state, which is so for philox.
+  // the mark is the whole state, which is so for philox, or tells that it is not.
   bool is_state_of(const at::Generator& generator, const GeneratorMark& mark) const;
 
   // Would capture() give this state again? False where the answer costs as much as that.

@@ -26,13 +26,12 @@ class RngScope {
       }
       return;
     }
-    const auto generators = stash.generators();
-    lease_.emplace(generators);  // before they are noted: see Note [Turns]
+    lease_.emplace(stash);  // before they are noted: see Note [Turns]
     turns_ = lease_->turn();
     if (!lease_->others_held()) {
       others_ = RngSnapshot::capture_defaults_except(stash);
     }
-    outer_ = RngSnapshot::capture(generators);
+    outer_ = stash.states();
     try {
       left_alone_ = stash.apply(outer_);
     } catch (...) {
@@ -56,15 +55,15 @@ class RngScope {
     if (!enabled_) {
       return {};
     }
-    const auto marks = stash_.marks();  // of the generators of outer_ too
+    const auto marks = stash_.marks();
     std::string text = stash_.divergence(stopped_early, left_alone_, marks);
     const auto add = [&text](const at::Generator& generator) {
       text += (text.empty() ? "generator " : "\n  generator ") + generator_name(generator) +
               "\n    the forward did not draw from it, the replay did";
     };
     for (const size_t i : left_alone_) {
-      if (!outer_.state(i).is_state_of(outer_.generator(i), marks[i]) && host().is_alone()) {
-        add(outer_.generator(i));
+      if (!outer_[i].is_state_of(stash_.generator(i), marks[i]) && host().is_alone()) {
+        add(stash_.generator(i));
       }
     }
     if (was_moved_by_us()) {
@@ -72,7 +71,7 @@ class RngScope {
         add(generator);
       }
     }
-    outer_.restore_moved(&marks);
+    stash_.put_back(outer_, &marks);
     enabled_ = false;
     lease_.reset();
     return text;
@@ -91,7 +90,7 @@ class RngScope {
       return;
     }
     try {
-      outer_.restore_moved();
+      stash_.put_back(outer_);
       if (was_moved_by_us()) {
         others_.restore_moved();
       }
@@ -104,7 +103,7 @@ class RngScope {
   bool enabled_;
   uint64_t turns_ = 0;                   // taken when this was made
   std::optional<GeneratorLease> lease_;  // given back last
-  RngSnapshot outer_;                    // of the stash's generators, in its order
+  RngSnapshot::States outer_;            // of the stash's generators; none if it is empty
   RngSnapshot::Indices left_alone_;      // of the stash: not rewound, see apply()
   // Of the other default generators; empty if some of them were rewound by another
   // thread when this was made.

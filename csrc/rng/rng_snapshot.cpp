@@ -296,19 +296,34 @@ bool RngSnapshot::any_moved() const {
                      [](const Entry& e) { return !e.state.is_state_of(e.generator); });
 }
 
-GeneratorList RngSnapshot::restore_moved(const Marks* marks) const {
-  GeneratorList moved;
+RngSnapshot::States RngSnapshot::states() const {
+  States states;
+  for (const auto& entry : entries()) {
+    states.push_back(GeneratorState::capture(entry.generator));
+  }
+  return states;
+}
+
+bool RngSnapshot::put_back_one(const at::Generator& generator, const GeneratorState& state,
+                               const GeneratorMark* mark) {
+  if (mark != nullptr ? state.is_state_of(generator, *mark) : state.is_state_of(generator)) {
+    return false;
+  }
+  if (!state.apply(generator)) {
+    throw OutOfReach(out_of_reach(generator, state));
+  }
+  return true;
+}
+
+namespace {
+
+// Calls `visit` with 0 to `n` - 1, all of them; then throws the last error.
+template <typename Visit>
+void visit_all(size_t n, const Visit& visit) {
   std::exception_ptr error;
-  for (size_t i = 0; i < size(); ++i) {
-    const Entry& entry = entries()[i];
+  for (size_t i = 0; i < n; ++i) {
     try {
-      if (marks != nullptr ? !entry.state.is_state_of(entry.generator, (*marks)[i])
-                           : !entry.state.is_state_of(entry.generator)) {
-        if (!entry.state.apply(entry.generator)) {
-          throw OutOfReach(out_of_reach(entry));
-        }
-        moved.push_back(entry.generator);
-      }
+      visit(i);
     } catch (...) {
       error = std::current_exception();
     }
@@ -316,29 +331,47 @@ GeneratorList RngSnapshot::restore_moved(const Marks* marks) const {
   if (error) {
     std::rethrow_exception(error);
   }
+}
+
+}  // namespace
+
+GeneratorList RngSnapshot::restore_moved() const {
+  GeneratorList moved;
+  visit_all(size(), [&](size_t i) {
+    if (put_back_one(generator(i), state(i), nullptr)) {
+      moved.push_back(generator(i));
+    }
+  });
   return moved;
 }
 
-RngSnapshot::Indices RngSnapshot::apply(const RngSnapshot& now) const {
+void RngSnapshot::put_back(const States& states, const Marks* marks) const {
+  visit_all(states.size(), [&](size_t i) {
+    put_back_one(generator(i), states[i], marks != nullptr ? &(*marks)[i] : nullptr);
+  });
+}
+
+RngSnapshot::Indices RngSnapshot::apply(const States& now) const {
   Indices left_alone;
   for (size_t i = 0; i < size(); ++i) {
     const Entry& entry = entries()[i];
-    if (entry.state == now.state(i) || entry.state.apply(entry.generator)) {
+    if (entry.state == now[i] || entry.state.apply(entry.generator)) {
       continue;
     }
     if (entry.moved || !entry.end.has_value()) {
-      throw OutOfReach(out_of_reach(entry));
+      throw OutOfReach(out_of_reach(entry.generator, entry.state));
     }
     left_alone.push_back(i);
   }
   return left_alone;
 }
 
-std::string RngSnapshot::out_of_reach(const Entry& entry) {
+std::string RngSnapshot::out_of_reach(const at::Generator& generator,
+                                      const GeneratorState& state) {
   return c10::str(
-      "generator ", generator_name(entry.generator), " cannot be put back to where it stood\n",
-      "    then: ", entry.state.describe(),
-      "\n    now:  ", GeneratorState::capture(entry.generator).describe(),
+      "generator ", generator_name(generator), " cannot be put back to where it stood\n",
+      "    then: ", state.describe(),
+      "\n    now:  ", GeneratorState::capture(generator).describe(),
       "\n  While a stream is captured, offsets count from where the generator will stand when the "
       "graph is launched, which is not known yet. So a state of one capture means nothing in "
       "another, or outside of one. Put forward and backward into one capture (one "

@@ -55,6 +55,7 @@ class RngSnapshot {
   using Generators = c10::ArrayRef<at::Generator>;
   using Indices = c10::SmallVector<size_t, 1>;
   using Marks = c10::SmallVector<GeneratorMark, 1>;
+  using States = c10::SmallVector<GeneratorState, 1>;
 
   // Holds nothing.
   RngSnapshot() = default;
@@ -86,16 +87,18 @@ class RngSnapshot {
   bool any_moved() const;
   // Where the generators stand now.
   Marks marks() const;
+  States states() const;
   // Puts back the generators that do not stand where they were captured, and
   // returns them. An error of one does not keep the others from being put
   // back; it is thrown at the end, OutOfReach if it is a stream capture.
-  // `marks`: where they stand now, if that is known.
-  GeneratorList restore_moved(const Marks* marks = nullptr) const;
-  // Puts every generator where it was captured; `now`: the same generators in the
-  // same order, where they stand now. Left alone, and returned, are those
-  // that the forward did not move and that are in another stream capture now; for
-  // one that it moved, OutOfReach is thrown.
-  Indices apply(const RngSnapshot& now) const;
+  GeneratorList restore_moved() const;
+  // Puts every generator where it was captured; `now`: where they stand now. Left
+  // alone, and returned, are those that the forward did not move and that are in
+  // another stream capture now; for one that it moved, OutOfReach is thrown.
+  Indices apply(const States& now) const;
+  // Puts the generators where states() found them, as restore_moved() does. `marks`:
+  // where they stand now, if that is known.
+  void put_back(const States& states, const Marks* marks = nullptr) const;
 
   bool contains(const at::Generator& generator) const;
   bool empty() const { return entries_ == nullptr; }
@@ -130,7 +133,10 @@ class RngSnapshot {
   // they stand there still.
   static const RngSnapshot& of_defaults();
   const Entries& entries() const;
-  static std::string out_of_reach(const Entry& entry);
+  // False if it stands there.
+  static bool put_back_one(const at::Generator& generator, const GeneratorState& state,
+                           const GeneratorMark* mark);
+  static std::string out_of_reach(const at::Generator& generator, const GeneratorState& state);
 
   std::shared_ptr<const Entries> entries_;  // null: none
 };
