@@ -39,11 +39,11 @@ class Host {
   virtual ~Host() = default;
 
   // A pair of saved-tensor hooks to be pushed onto torch's stack, which stands
-  // for `recorder` and keeps it alive. Called with the interpreter lock or not.
+  // for `recorder` and keeps it alive. With the interpreter lock.
   virtual HookPair make_hook_pair(c10::intrusive_ptr<Recorder> recorder) = 0;
 
   // The pair has left the stack: the recorder is let go, and the pair may be used
-  // again if nobody else has it.
+  // again if nobody else has it. With the interpreter lock.
   virtual void take_back(HookPair pair) noexcept = 0;
 
   // The recorder a pack hook stands for, or null for anybody else's hook.

@@ -21,7 +21,7 @@ bool may_compute(c10::DeviceType type) { return c10::impl::hasDeviceGuardImpl(ty
 
 struct AutocastDevice {
   c10::DeviceType type;
-  c10::DispatchKey key;
+  c10::DispatchKeySet keys;  // excluded while its autocast is off
 };
 
 // Two calls into torch per device type and segment would cost more than the rest
@@ -31,7 +31,8 @@ const std::array<AutocastDevice, kAutocastDevices>& autocast_devices() {
     std::array<AutocastDevice, kAutocastDevices> found{};
     for (size_t i = 0; i < found.size(); ++i) {
       const auto type = at::autocast::_AUTOCAST_SUPPORTED_DEVICES[i];
-      found[i] = {type, at::autocast::get_autocast_dispatch_key_from_device_type(type)};
+      found[i] = {type, c10::DispatchKeySet(
+                            at::autocast::get_autocast_dispatch_key_from_device_type(type))};
     }
     return found;
   }();
@@ -46,7 +47,7 @@ AutocastState AutocastState::current() {
   // is_autocast_enabled() asks whether the key is excluded: once for all of them.
   const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
   for (size_t i = 0; i < devices.size(); ++i) {
-    const bool on = !excluded.has(devices[i].key);
+    const bool on = !excluded.has_all(devices[i].keys);
     state.enabled |= on ? 1u << i : 0u;
     if (on || may_compute(devices[i].type)) {
       state.dtypes[i] = at::autocast::get_autocast_dtype(devices[i].type);

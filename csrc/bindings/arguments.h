@@ -14,6 +14,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <Python.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstdint>
 #include <string>
@@ -76,8 +77,8 @@ class Structure {
   // Advances `node` over one value; true if the tensor was found, with its `path`.
   bool find(size_t& node, size_t& index, std::string& path) const;
 
-  std::vector<Node> nodes_;         // preorder
-  std::vector<PyObject*>* others_;  // only while it is made
+  c10::SmallVector<Node, 4> nodes_;  // preorder
+  std::vector<PyObject*>* others_;   // only while it is made
 };
 
 }  // namespace reprise::bindings

@@ -127,7 +127,6 @@ bool waits_for_backward(PyFrameObject* frame) {
 class PythonHost final : public Host {
  public:
   HookPair make_hook_pair(c10::intrusive_ptr<Recorder> recorder) override {
-    WithInterpreter lock;
     if (!idle_pairs_.empty()) {
       HookPair pair = std::move(idle_pairs_.back());
       idle_pairs_.pop_back();
@@ -146,7 +145,6 @@ class PythonHost final : public Host {
   }
 
   void take_back(HookPair pair) noexcept override {
-    WithInterpreter lock;
     HookPack* pack_hook = as_hook_pack(pair);
     // The thread-local state of a backward inside of fn holds copies.
     if (pack_hook == nullptr || Py_REFCNT(reinterpret_cast<PyObject*>(pack_hook)) != 1 ||

@@ -214,7 +214,6 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
 
 Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
                                     const std::atomic<bool>& stopped) {
-  WithInterpreter lock;
   const StopScope scope;
   bool suppressed = false;
   Ref result = call(std::move(inputs), &suppressed);

@@ -6,7 +6,9 @@
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "ambient/ambient_state.h"
 #include "host.h"
@@ -22,17 +24,18 @@ namespace reprise {
 class ProfilerRanges {
  public:
   explicit ProfilerRanges(const Segment& segment) {
-    if (recompute_.isActive()) {
-      recompute_.before("recompute_fn");
-    }
-    if (name_.isActive()) {
-      name_.before("torch_reprise.checkpoint: " + segment.name());
+    if (auto callbacks = at::getStepCallbacksUnlessEmpty(kScope)) {
+      recompute_.emplace(std::move(*callbacks));
+      recompute_->before("recompute_fn");
+      name_.emplace(kScope);
+      name_->before("torch_reprise.checkpoint: " + segment.name());
     }
   }
 
  private:
-  at::RecordFunction recompute_{at::RecordScope::USER_SCOPE};
-  at::RecordFunction name_{at::RecordScope::USER_SCOPE};
+  static constexpr auto kScope = at::RecordScope::USER_SCOPE;
+  std::optional<at::RecordFunction> recompute_;
+  std::optional<at::RecordFunction> name_;
 };
 
 class ReplayScope {

@@ -67,7 +67,8 @@ class Program {
   // Calls fn with `inputs` in the places of the tensor arguments and drops what
   // it returns. `stopped` tells whether early stop was raised: whatever fn makes
   // of that exception (lets it through, swallows it, turns it into another) the
-  // replay has what it came for. Throws what fn raises otherwise.
+  // replay has what it came for. Throws what fn raises otherwise. With the
+  // interpreter lock.
   enum class Outcome : uint8_t { kFinished, kStopped, kWentOnAfterStop };
   virtual Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) = 0;
 
