@@ -267,6 +267,52 @@ def test_a_segment_that_puts_the_state_back_itself_is_rewound() -> None:
     assert bytes_kept[0] == 0 and bytes_kept[1] > 2500
 
 
+def _seed_again(generator: torch.Generator) -> None:
+    generator.get_state()
+    torch.rand(3)
+    generator.manual_seed(0)
+
+
+def _read_after_drawing_and_seed_again(generator: torch.Generator) -> None:
+    torch.rand(3)
+    generator.get_state()
+    generator.manual_seed(0)
+
+
+def _put_back(generator: torch.Generator) -> None:
+    state = generator.get_state()
+    torch.rand(3)
+    generator.set_state(state)
+
+
+def _put_back_after_setting_another(generator: torch.Generator) -> None:
+    state = generator.get_state()
+    torch.rand(3)
+    torch.Generator().set_state(state)
+    generator.get_state()
+    generator.set_state(state)
+
+
+@pytest.mark.parametrize(
+    "draw_and_return",
+    [_seed_again, _read_after_drawing_and_seed_again, _put_back, _put_back_after_setting_another],
+)
+def test_every_way_of_setting_a_state_is_noticed(
+    draw_and_return: Callable[[torch.Generator], None],
+) -> None:
+    """No copy that torch makes of an engine on the way leaves our mark in it."""
+
+    def function(x: Tensor) -> Tensor:
+        draw_and_return(torch.default_generator)
+        return x.sin().cos()
+
+    torch.manual_seed(0)
+    before = ledger.stashed_bytes()
+    out = torch_reprise.checkpoint(function, leaf(4), use_reentrant=False)
+    assert ledger.stashed_bytes() - before > 2500
+    del out
+
+
 def test_a_segment_that_puts_the_state_back_around_another_one_is_rewound() -> None:
     """The inner one begins where the outer one did, after the outer one drew."""
 

@@ -335,10 +335,10 @@ struct GeneratorState::Mt19937 {
     at::mt19937_data_pod& data = compat::mt19937_data(generator);
     LastBlock& last = t_last;
     const uint32_t stamp = stamp_of(data);
-    const bool has_them = stamp != 0 &&
-                          (stamp == state.stamp_ ||
-                           (stamp == last.stamp && last.block == state.block_)) &&
-                          same_turn(data, state.block_->engine);
+    const bool has_them =
+        stamp != 0 &&
+        (stamp == state.stamp_ || (stamp == last.stamp && last.block == state.block_)) &&
+        same_turn(data, state.block_->engine);
     if (!has_them) {
       std::memcpy(&data, &state.block_->engine, sizeof(data));
     }
@@ -613,8 +613,7 @@ std::string GeneratorMark::describe() const {
 std::string GeneratorState::describe() const {
   switch (kind_) {
     case Kind::kMt19937:
-      return c10::str("mt19937 seed ", block_->engine.seed_, ", word ", next_,
-                      " of 624");
+      return c10::str("mt19937 seed ", block_->engine.seed_, ", word ", next_, " of 624");
     case Kind::kPhilox:
       return c10::str("philox seed ", seed_, describe_offset(offset_, capture_));
     case Kind::kOpaque:

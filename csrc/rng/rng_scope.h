@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "host.h"
 #include "rng/generator_lease.h"
@@ -15,25 +16,25 @@ class RngScope {
  public:
   // `stash` holds the states to rewind to. Throws OutOfReach if one belongs to
   // another stream capture.
-  RngScope(const RngSnapshot& stash, bool enabled) : stash_(stash), enabled_(enabled) {
+  RngScope(RngSnapshot stash, bool enabled) : stash_(std::move(stash)), enabled_(enabled) {
     if (!enabled_) {
       return;
     }
-    if (stash.empty()) {
+    if (stash_.empty()) {
       turns_ = GeneratorLease::turns();
       if (!GeneratorLease::held_by_others()) {
         others_ = RngSnapshot::capture_defaults();
       }
       return;
     }
-    lease_.emplace(stash);  // before they are noted: see Note [Turns]
+    lease_.emplace(stash_);  // before they are noted: see Note [Turns]
     turns_ = lease_->turn();
     if (!lease_->others_held()) {
-      others_ = RngSnapshot::capture_defaults_except(stash);
+      others_ = RngSnapshot::capture_defaults_except(stash_);
     }
-    outer_ = stash.states();
+    outer_ = stash_.states();
     try {
-      left_alone_ = stash.apply(outer_);
+      left_alone_ = stash_.apply(outer_);
     } catch (...) {
       put_back();
       throw;
@@ -99,7 +100,7 @@ class RngScope {
     enabled_ = false;
   }
 
-  const RngSnapshot& stash_;
+  const RngSnapshot stash_;
   bool enabled_;
   uint64_t turns_ = 0;                   // taken when this was made
   std::optional<GeneratorLease> lease_;  // given back last

@@ -238,8 +238,7 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
     }
     auto state = GeneratorState::philox(generator.current_seed(), 0);
     if (!state.is_state_of(generator)) {
-      made(newcomers).push_back(
-          {generator, std::move(state), GeneratorMark::of(generator), true});
+      made(newcomers).push_back({generator, std::move(state), GeneratorMark::of(generator), true});
     }
   });
   if (newcomers) {
@@ -366,12 +365,10 @@ RngSnapshot::Indices RngSnapshot::apply(const States& now) const {
   return left_alone;
 }
 
-std::string RngSnapshot::out_of_reach(const at::Generator& generator,
-                                      const GeneratorState& state) {
+std::string RngSnapshot::out_of_reach(const at::Generator& generator, const GeneratorState& state) {
   return c10::str(
       "generator ", generator_name(generator), " cannot be put back to where it stood\n",
-      "    then: ", state.describe(),
-      "\n    now:  ", GeneratorState::capture(generator).describe(),
+      "    then: ", state.describe(), "\n    now:  ", GeneratorState::capture(generator).describe(),
       "\n  While a stream is captured, offsets count from where the generator will stand when the "
       "graph is launched, which is not known yet. So a state of one capture means nothing in "
       "another, or outside of one. Put forward and backward into one capture (one "
