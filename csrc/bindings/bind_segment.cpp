@@ -62,7 +62,7 @@ std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
   return {Ref::borrow(forward), Ref::borrow(replay)};
 }
 
-// What run_segment returns, having done nothing, where a tracer (export, the autograd of
+// What a run returns, having done nothing, where a tracer (export, the autograd of
 // torch.compile) is to see torch's own entry instead.
 PyObject* traced_marker() {
   static PyObject* const marker =
@@ -124,18 +124,10 @@ Begun begin_segment(PyObject* function, PyObject* args, PyObject* kwargs, long f
 // in its own way?
 bool is_plain_call() { return !c10::GradMode::is_enabled() || compat::inside_functorch(); }
 
-// run_segment(function, args, kwargs, flags, context_fn or None, debug_session or None,
-//             generators: a tuple or None)
-PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
-  HANDLE_TH_ERRORS
-  if (argc != 7) {
-    PyErr_Format(PyExc_TypeError, "run_segment takes 7 arguments, got %zd", argc);
-    return nullptr;
-  }
-  PyObject* function = argv[0];
-  PyObject* args = argv[1];
-  PyObject* kwargs = argv[2];
-  const long flags = PyLong_AsLong(argv[3]);
+// One checkpointed call in the non-reentrant form. `context_fn`, `debug_session`, and
+// `generators`, a tuple, may be None.
+PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
+              PyObject* context_fn, PyObject* debug_session, PyObject* generators) {
   if (compat::is_traced()) {
     return Py_NewRef(traced_marker());
   }
@@ -148,12 +140,12 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   }
   Ref forward_context;
   Ref replay_context;
-  if (argv[4] != Py_None) {
-    std::tie(forward_context, replay_context) = make_contexts(argv[4]);
+  if (context_fn != Py_None) {
+    std::tie(forward_context, replay_context) = make_contexts(context_fn);
   }
   const Begun begun =
-      begin_segment(function, args, kwargs, flags, replay_context.get(), argv[4] != Py_None,
-                    argv[5] == Py_None ? nullptr : argv[5], argv[6]);
+      begin_segment(function, args, kwargs, flags, replay_context.get(), context_fn != Py_None,
+                    debug_session == Py_None ? nullptr : debug_session, generators);
   const auto& segment = begun.segment;
   bool suppressed = false;
   Ref result;
@@ -174,6 +166,48 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   begun.program->settle();
   segment->end_forward();
   return result.release();
+}
+
+// run_segment(function, args, kwargs, flags, context_fn, debug_session, generators)
+PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 7) {
+    PyErr_Format(PyExc_TypeError, "run_segment takes 7 arguments, got %zd", argc);
+    return nullptr;
+  }
+  const long flags = PyLong_AsLong(argv[3]);
+  return run(argv[0], argv[1], argv[2], flags, argv[4], argv[5], argv[6]);
+  END_HANDLE_TH_ERRORS
+}
+
+// The context variables of the user's settings; strong, for ever.
+PyObject* g_early_stop_setting = nullptr;
+PyObject* g_debug_setting = nullptr;
+
+bool is_set_to(PyObject* variable, PyObject* value) {
+  PyObject* found = nullptr;
+  if (PyContextVar_Get(variable, nullptr, &found) != 0) {
+    throw_python_error();
+  }
+  return Ref::steal(found).get() == value;
+}
+
+// run_by_default(function, args, kwargs): the same with all options at their defaults, as
+// most calls are. Leaves what is not that simple to the caller, like what is traced.
+PyObject* run_by_default(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 3) {
+    PyErr_Format(PyExc_TypeError, "run_by_default takes 3 arguments, got %zd", argc);
+    return nullptr;
+  }
+  if (PyCallable_Check(argv[0]) == 0 || is_set_to(g_debug_setting, Py_True)) {
+    return Py_NewRef(traced_marker());
+  }
+  long flags = kPreserveRngState | kEarlyStop | kCheckDeterminism | kCheckRng | kPreserveState;
+  if (is_set_to(g_early_stop_setting, Py_False)) {
+    flags &= ~kEarlyStop;
+  }
+  return run(argv[0], argv[1], argv[2], flags, Py_None, Py_None, Py_None);
   END_HANDLE_TH_ERRORS
 }
 
@@ -311,6 +345,8 @@ PyMethodDef g_methods[] = {
     // NOLINTNEXTLINE: CPython's way to say METH_FASTCALL
     {"run_segment", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_segment)),
      METH_FASTCALL, "Runs one checkpointed call in the non-reentrant form."},
+    {"run_by_default", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_by_default)),
+     METH_FASTCALL, "The same with all options at their defaults."},
     {"run_reentrant", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_reentrant)),
      METH_FASTCALL, "Runs one checkpointed call in the reentrant form."},
     {nullptr, nullptr, 0, nullptr},
@@ -323,6 +359,10 @@ void bind_segment(py::module_& module) {
     throw py::error_already_set();
   }
   module.attr("TRACED") = py::reinterpret_borrow<py::object>(traced_marker());
+  module.def("set_settings", [](const py::object& early_stop, const py::object& debug) {
+    g_early_stop_setting = py::object(early_stop).release().ptr();
+    g_debug_setting = py::object(debug).release().ptr();
+  });
   module.attr("SUPPRESSED") = kSuppressed;
   py::class_<OpenSegment>(module, "OpenSegment")
       .def("end", &OpenSegment::end)

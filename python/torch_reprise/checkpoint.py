@@ -352,13 +352,10 @@ def checkpoint(
         and early_stop is True
         and preserve_rng_state is True
         and respect_saved_tensors_hooks is None
-        and callable(function)
-        and debug_setting.get() is not True
     ):
         # The common call: nothing to check, nothing to build.
-        flags = _ALL_FLAGS if _early_stop.get() is not False else _ALL_FLAGS & ~_C.EARLY_STOP
-        result = _C.run_segment(function, args, kwargs, flags, None, None, None)
-        if result is not _C.TRACED:
+        result = _run_by_default(function, args, kwargs)
+        if result is not _TRACED:
             return result
     options = _validated(
         use_reentrant=use_reentrant,
@@ -379,9 +376,9 @@ def checkpoint(
     return _run(function, args, kwargs, **options)
 
 
-_ALL_FLAGS: int = (
-    _C.PRESERVE_RNG_STATE | _C.EARLY_STOP | _C.CHECK_DETERMINISM | _C.CHECK_RNG | _C.PRESERVE_STATE
-)
+_C.set_settings(_early_stop, debug_setting)
+_run_by_default = _C.run_by_default
+_TRACED = _C.TRACED
 
 
 _compat.skip_frames_of(checkpoint, _run)
