@@ -57,9 +57,9 @@ void enable_native_hooks(bool enabled);  // off: the Python pair is used (tests)
 bool native_hooks_installed();           // false if somebody else's engine is in force
 
 // A pair on this thread's hook stack for a scope, which begins and ends with the
-// interpreter lock. It is in force also where hooks
-// are disabled: torch.autograd.graph.disable_saved_tensors_hooks around a
-// backward must not stop a replay.
+// interpreter lock. It is in force also where hooks are disabled:
+// torch.autograd.graph.disable_saved_tensors_hooks around a backward must not stop a
+// replay.
 class HookScope {
  public:
   explicit HookScope(HookPair pair);
