@@ -73,7 +73,7 @@ bool GeneratorLease::try_take(uint64_t token, const RngSnapshot& stash) {
       taken_.push_back(impl);
     }
   }
-  others_held_ = s.held.size() > taken_.size() && held_by_other_than(s, token);
+  others_held_ = held_by_other_than(s, token);
   // Last: whoever counts this turn as one of the past sees that it is held.
   turn_ = g_turns.fetch_add(1) + 1;
   return true;

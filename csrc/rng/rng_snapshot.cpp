@@ -165,7 +165,7 @@ RngSnapshot RngSnapshot::of(std::vector<std::pair<at::Generator, GeneratorState>
 
 void RngSnapshot::capture_one(NewEntries& entries, const at::Generator& generator) {
   Entries& all = made(entries);
-  if (!RngSnapshot::contains(all, generator)) {
+  if (!contains(all, generator)) {
     all.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
   }
 }
