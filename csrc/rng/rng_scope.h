@@ -20,16 +20,16 @@ class RngScope {
     if (!enabled_) {
       return;
     }
-    bool others_held = false;
     if (stash_.empty()) {
       turns_ = GeneratorLease::turns();
-      others_held = GeneratorLease::held_by_others();
-    } else {
-      lease_.emplace(stash_);  // before they are noted: see Note [Turns]
-      turns_ = lease_->turn();
-      others_held = lease_->others_held();
+      if (!GeneratorLease::held_by_others()) {
+        others_ = RngSnapshot::capture_defaults();
+      }
+      return;
     }
-    if (!others_held) {
+    lease_.emplace(stash_);  // before they are noted: see Note [Turns]
+    turns_ = lease_->turn();
+    if (!lease_->others_held()) {
       others_ = RngSnapshot::capture_defaults_except(stash_);
     }
     outer_ = stash_.states();

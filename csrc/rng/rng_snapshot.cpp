@@ -135,9 +135,6 @@ RngSnapshot RngSnapshot::capture_defaults(Generators others) {
 }
 
 RngSnapshot RngSnapshot::capture_defaults_except(const RngSnapshot& known) {
-  if (known.empty()) {
-    return of_defaults();
-  }
   NewEntries entries;
   visit_defaults([&](const at::Generator& generator) {
     if (!known.contains(generator)) {
