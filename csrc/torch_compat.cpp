@@ -3,6 +3,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/SequenceNumber.h>
 #include <ATen/ThreadLocalPythonObjects.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -14,6 +15,7 @@
 #include <torch/headeronly/version.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <string_view>
 #include <type_traits>
@@ -206,11 +208,81 @@ namespace {
 
 REPRISE_OPEN_MEMBER(EngineOfGenerator, at::CPUGeneratorImpl, engine_, at::mt19937)
 REPRISE_OPEN_MEMBER(DataOfEngine, at::mt19937, data_, at::mt19937_data_pod)
+REPRISE_OPEN_MEMBER(DoubleOfGenerator, at::CPUGeneratorImpl, next_double_normal_sample_,
+                    std::optional<double>)
+REPRISE_OPEN_MEMBER(FloatOfGenerator, at::CPUGeneratorImpl, next_float_normal_sample_,
+                    std::optional<float>)
+REPRISE_OPEN_MEMBER(StateOfGenerator, at::CUDAGeneratorImpl, state_,
+                    c10::intrusive_ptr<at::CUDAGeneratorState>)
+REPRISE_OPEN_MEMBER(RnnFlagOfGenerator, at::CUDAGeneratorImpl, no_reset_rnn_state_,
+                    std::atomic_flag)
 
 }  // namespace
 
 at::mt19937_data_pod& mt19937_data(at::CPUGeneratorImpl& generator) noexcept {
   return generator.*member_of(EngineOfGenerator()).*member_of(DataOfEngine());
+}
+
+std::optional<double>& double_sample(at::CPUGeneratorImpl& generator) noexcept {
+  return generator.*member_of(DoubleOfGenerator());
+}
+
+std::optional<float>& float_sample(at::CPUGeneratorImpl& generator) noexcept {
+  return generator.*member_of(FloatOfGenerator());
+}
+
+namespace {
+
+PhiloxFields fields_of(at::CUDAGeneratorImpl& generator) {
+  auto& state = *(generator.*member_of(StateOfGenerator()));
+  return {state.seed_, state.philox_offset_per_thread_, generator.*member_of(RnnFlagOfGenerator())};
+}
+
+// Which class an object is of, as one word. The class's own type_info is not asked for
+// it: it is in a library that only a CUDA build has.
+const void* class_of(const c10::GeneratorImpl& generator) {
+  const void* table = nullptr;
+  std::memcpy(&table, &generator, sizeof(table));
+  return table;
+}
+
+// The class whose fields are what its virtuals say, and the last one that was not opened.
+std::atomic<const void*> g_opened{nullptr};
+std::atomic<const void*> g_closed{nullptr};
+std::atomic<bool> g_philox_fields{true};
+
+[[gnu::noinline, gnu::cold]] bool opens(c10::GeneratorImpl& generator) noexcept {
+  if (std::strcmp(typeid(generator).name(), "N2at17CUDAGeneratorImplE") == 0) {
+    try {
+      const PhiloxFields fields = fields_of(static_cast<at::CUDAGeneratorImpl&>(generator));
+      if (generator.current_seed() == fields.seed && generator.get_offset() == fields.offset) {
+        g_opened.store(class_of(generator), std::memory_order_relaxed);
+        return true;
+      }
+    } catch (...) {  // refused, as while a stream is captured: another time
+      return false;
+    }
+  }
+  g_closed.store(class_of(generator), std::memory_order_relaxed);
+  return false;
+}
+
+}  // namespace
+
+std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcept {
+  if (!g_philox_fields.load(std::memory_order_relaxed)) {
+    return std::nullopt;
+  }
+  const void* type = class_of(generator);
+  if (type != g_opened.load(std::memory_order_relaxed) &&
+      (type == g_closed.load(std::memory_order_relaxed) || !opens(generator))) {
+    return std::nullopt;
+  }
+  return fields_of(static_cast<at::CUDAGeneratorImpl&>(generator));
+}
+
+void enable_philox_fields(bool enabled) {
+  g_philox_fields.store(enabled, std::memory_order_relaxed);
 }
 
 ReplayKey current_replay_key() {

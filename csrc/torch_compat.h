@@ -17,6 +17,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -109,9 +110,27 @@ std::optional<HookPair> hook_pair_below(PyObject* pack_hook);
 
 // The state of a CPU generator's engine where it lies. CPUGeneratorImpl::engine()
 // and mt19937::data() copy 2,504 bytes each, and a segment looks at the engine some
-// ten times. Both members are private in 2.13 and 2.14; a build against a torch
+// ten times. The members are private in 2.13 and 2.14; a build against a torch
 // that renamed them fails. The caller holds the generator's mutex.
 at::mt19937_data_pod& mt19937_data(at::CPUGeneratorImpl& generator) noexcept;
+// The same for what is left of its pairs of normal samples.
+std::optional<double>& double_sample(at::CPUGeneratorImpl& generator) noexcept;
+std::optional<float>& float_sample(at::CPUGeneratorImpl& generator) noexcept;
+
+// Seed and offset of torch's own CUDA generator where they lie; nothing for any other
+// class of generators. While no stream of its device is captured they are what its virtuals
+// give and take; but each of these first asks the driver whether one is, a quarter of a
+// microsecond, and a segment looks at the generators of all devices four times. The
+// header of that class (2.13, 2.14) needs none of CUDA. The first object of it that is
+// met is compared with what its virtuals say; they are used from then on if it differs.
+// The caller holds the generator's mutex.
+struct PhiloxFields {
+  uint64_t& seed;
+  uint64_t& offset;
+  std::atomic_flag& keeps_rnn_state;  // cleared by whoever sets the others
+};
+std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcept;
+void enable_philox_fields(bool enabled);  // off: the virtuals are used (tests)
 
 // ---------------------------------------------------------------------------
 // Graph tasks

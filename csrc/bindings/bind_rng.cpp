@@ -3,14 +3,18 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "bindings/bind.h"
 #include "bindings/python_object.h"
 #include "rng/generator_lease.h"
 #include "rng/rng_snapshot.h"
+#include "torch_compat.h"
 
 namespace py = pybind11;
 
@@ -133,6 +137,16 @@ void bind_rng(py::module_& module) {
     return std::vector<at::Generator>(generators.begin(), generators.end());
   });
   module.def("generator_name", &generator_name);
+  module.def("enable_philox_fields", &compat::enable_philox_fields);
+  module.def("philox_fields", [](const at::Generator& generator) {
+    std::optional<std::pair<uint64_t, uint64_t>> seed_and_offset;
+    auto* impl = generator.unsafeGetGeneratorImpl();
+    std::lock_guard<std::mutex> lock(impl->mutex_);
+    if (const auto fields = compat::philox_fields(*impl)) {
+      seed_and_offset.emplace(fields->seed, fields->offset);
+    }
+    return seed_and_offset;
+  });
   module.def("set_lease_wait_limit", [](double seconds) {
     GeneratorLease::set_wait_limit(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));
   });

@@ -120,8 +120,10 @@ GeneratorLease::~GeneratorLease() {
     compat::set_chain_token(0);
   }
   State& s = state();
+  bool anybody_waits = false;
   {
     std::lock_guard<std::mutex> lock(s.mutex);
+    anybody_waits = !s.waiting.empty();
     s.held.erase(std::remove_if(s.held.begin(), s.held.end(),
                                 [this](const auto& held) {
                                   return std::find(taken_.begin(), taken_.end(), held.first) !=
@@ -130,7 +132,9 @@ GeneratorLease::~GeneratorLease() {
                  s.held.end());
     g_held.store(s.held.size());
   }
-  s.given_back.notify_all();
+  if (anybody_waits) {
+    s.given_back.notify_all();
+  }
 }
 
 bool GeneratorLease::held_by_this_chain() {

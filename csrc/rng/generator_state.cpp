@@ -20,10 +20,6 @@
 
 namespace reprise {
 
-struct Mt19937Block {
-  at::mt19937_data_pod engine;  // its position is that of the first capture
-};
-
 namespace {
 
 // Memory of mt19937 blocks that nobody needs any more, for the next ones. Asking
@@ -70,20 +66,22 @@ class BlockMemory {
   std::vector<void*> blocks_;  // all of one size
 };
 
-template <typename T>
-struct BlockAllocator {
-  using value_type = T;
-  BlockAllocator() = default;
-  template <typename U>
-  BlockAllocator(const BlockAllocator<U>&) {}  // NOLINT: allocators convert
-  T* allocate(size_t) {
-    // What allocate_shared() makes: the words and their counts.
-    static_assert(sizeof(T) > sizeof(at::mt19937_data_pod) && alignof(T) <= alignof(max_align_t));
-    return static_cast<T*>(BlockMemory::take(sizeof(T)));
+}  // namespace
+
+// The words of an engine; immutable once made, shared between states.
+struct Mt19937Block : c10::intrusive_ptr_target {
+  explicit Mt19937Block(const at::mt19937_data_pod& now) {
+    std::memcpy(&engine, &now, sizeof(now));
   }
-  void deallocate(T* block, size_t) { BlockMemory::give_back(block); }
-  bool operator==(const BlockAllocator&) const { return true; }
+  static void* operator new(size_t size) { return BlockMemory::take(size); }
+  static void operator delete(void* block) { BlockMemory::give_back(block); }
+
+  at::mt19937_data_pod engine;  // its position is that of the first capture
 };
+
+namespace {
+
+using Block = c10::intrusive_ptr<Mt19937Block>;
 
 at::CPUGeneratorImpl* as_cpu(const at::Generator& generator) {
   auto* impl = generator.unsafeGetGeneratorImpl();
@@ -102,12 +100,6 @@ bool same_words(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
 // word, so that sixteen of them tell two turns apart.
 bool same_turn(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
   return std::memcmp(a.state_.data(), b.state_.data(), 16 * sizeof(a.state_[0])) == 0;
-}
-
-template <typename T>
-bool same_bits(const std::optional<T>& a, const std::optional<T>& b) {
-  return a.has_value() == b.has_value() &&
-         (!a.has_value() || std::memcmp(&*a, &*b, sizeof(T)) == 0);
 }
 
 // The three bytes between seeded_ and next_: see Note [Drawn and put back]. 0: no mark.
@@ -134,15 +126,14 @@ uint32_t new_stamp() {
 }
 
 // Are these the words of the engine that had this mark when they were noted?
-bool has_words(const at::mt19937_data_pod& now, const Mt19937Block& block, uint32_t stamp) {
-  return stamp != 0 && stamp_of(now) == stamp ? same_turn(now, block.engine)
-                                              : same_words(now, block.engine);
+bool has_words(const at::mt19937_data_pod& now, const at::mt19937_data_pod& then, uint32_t stamp) {
+  return stamp != 0 && stamp_of(now) == stamp ? same_turn(now, then) : same_words(now, then);
 }
 
 // The words that the last CPU generator had that was captured or set on this thread, and
 // its mark.
 struct LastBlock {
-  std::shared_ptr<const Mt19937Block> block;
+  Block block;
   uint32_t stamp = 0;
 };
 thread_local LastBlock t_last;
@@ -166,21 +157,10 @@ uint64_t hash_bytes(const void* data, size_t size) {
 }
 
 // Tells the blocks of 624 words of an engine apart. Drawing on replaces every word,
-// and so does a seed, so some of them do; all of them would cost as much as the
-// copies that a replay makes.
-uint64_t hash_block(const at::mt19937_data_pod& data) { return hash_bytes(data.state_.data(), 64); }
-
-template <typename T>
-uint64_t hash_optional(const std::optional<T>& value) {
-  return value.has_value() ? hash_bytes(&*value, sizeof(T)) : 0;
-}
+// and so does a seed, so the first eight do.
+uint64_t hash_block(const at::mt19937_data_pod& data) { return hash_bytes(data.state_.data(), 32); }
 
 // --- Philox, see Note [Stream capture]. Callers hold the generator's mutex.
-
-struct PhiloxPosition {
-  uint64_t offset;
-  CaptureId capture;
-};
 
 // What CUDA, XPU and MPS agree on: seed, then offset, as 64-bit integers.
 constexpr size_t kPhiloxBytes = 16;
@@ -200,10 +180,15 @@ PhiloxPosition position_in_capture(const c10::GeneratorImpl& impl) {
     const at::Tensor state(impl.get_state());
     uint64_t offset = 0;
     std::memcpy(&offset, static_cast<const uint8_t*>(state.const_data_ptr()) + 8, 8);
-    return {offset, capture};
+    return {impl.current_seed(), offset, capture};
   } catch (const c10::Error&) {
-    return {0, kForeignCapture};
+    return {impl.current_seed(), 0, kForeignCapture};
   }
+}
+
+// What the virtuals say.
+PhiloxPosition position_outside_captures(const c10::GeneratorImpl& impl) {
+  return {impl.current_seed(), impl.get_offset(), kNoCapture};
 }
 
 // Out of line, so that what happens always is short.
@@ -213,20 +198,24 @@ PhiloxPosition position_in_capture(const c10::GeneratorImpl& impl) {
     // A stream of the current device is captured, which may be another device than
     // the generator's; or this is an error of another kind.
     if (!current_device_is_captured(type)) {
-      return {impl.get_offset(), kNoCapture};
+      return position_outside_captures(impl);
     }
     const OnDevice there(impl.device());
     if (!current_device_is_captured(type)) {
-      return {impl.get_offset(), kNoCapture};
+      return position_outside_captures(impl);
     }
   }
   return position_in_capture(impl);
 }
 
-PhiloxPosition position_of(const c10::GeneratorImpl& impl) {
+PhiloxPosition position_of(c10::GeneratorImpl& impl) {
+  if (const auto fields = compat::philox_fields(impl)) {
+    return is_captured(impl.device()) ? position_in_capture(impl)
+                                      : PhiloxPosition{fields->seed, fields->offset, kNoCapture};
+  }
   if (!is_captured_unnoticed(impl.device())) {
     try {
-      return {impl.get_offset(), kNoCapture};
+      return position_outside_captures(impl);
     } catch (const c10::Error&) {  // refused, or an error that comes again below
     }
   }
@@ -245,22 +234,30 @@ std::string describe_offset(uint64_t offset, CaptureId capture) {
 }
 
 // False, and nothing is changed, if the device is in another capture now.
-bool set_position(c10::GeneratorImpl& impl, uint64_t seed, const PhiloxPosition& position) {
+bool set_position(c10::GeneratorImpl& impl, const PhiloxPosition& position) {
   if (is_captured(impl.device())) {
     const OnDevice there(impl.device());
     if (position.capture == kNoCapture || position.capture != capture_of(impl.device())) {
       return false;
     }
-    const at::Tensor state = philox_tensor(seed, position.offset);
+    const at::Tensor state = philox_tensor(position.seed, position.offset);
     impl.set_state(*state.unsafeGetTensorImpl());
     return true;
   }
   if (position.capture != kNoCapture) {
     return false;
   }
+  constexpr uint64_t kMultiple = 4;  // torch refuses other offsets, in words of its own
+  if (const auto fields = compat::philox_fields(impl);
+      fields.has_value() && position.offset % kMultiple == 0) {
+    fields->seed = position.seed;
+    fields->offset = position.offset;
+    fields->keeps_rnn_state.clear();
+    return true;
+  }
   const auto set = [&] {
-    if (impl.current_seed() != seed) {
-      impl.set_current_seed(seed);
+    if (impl.current_seed() != position.seed) {
+      impl.set_current_seed(position.seed);
     }
     impl.set_offset(position.offset);
   };
@@ -299,36 +296,49 @@ struct GeneratorState::Mt19937 {
   // How many words of a block are used up. A new block is made when one more is asked for.
   static uint64_t position(int left, uint32_t next) { return left == 1 ? 624 : next; }
 
+  static const at::mt19937_data_pod& words(const GeneratorState& state) {
+    return static_cast<const Mt19937Block&>(*state.kept_).engine;
+  }
+
+  static bool same_samples(const Samples& a, const Samples& b) {
+    return a.has_double == b.has_double && a.has_float == b.has_float &&
+           std::memcmp(&a.for_double, &b.for_double, sizeof(a.for_double)) == 0 &&
+           std::memcmp(&a.for_float, &b.for_float, sizeof(a.for_float)) == 0;
+  }
+
   // The rest with the generator's mutex held.
+
+  static Samples samples(at::CPUGeneratorImpl& generator) {
+    const auto& for_double = compat::double_sample(generator);
+    const auto& for_float = compat::float_sample(generator);
+    return {for_double.value_or(0), for_float.value_or(0), for_double.has_value(),
+            for_float.has_value()};
+  }
 
   static bool stands_at(at::CPUGeneratorImpl& generator, const at::mt19937_data_pod& now,
                         const GeneratorState& state) {
     // The position decides nearly always.
     return now.left_ == state.left_ && now.next_ == state.next_ &&
-           has_words(now, *state.block_, state.stamp_) &&
-           same_bits(generator.next_float_normal_sample(), state.next_float_) &&
-           same_bits(generator.next_double_normal_sample(), state.next_double_);
+           has_words(now, words(state), state.stamp_) &&
+           same_samples(samples(generator), state.samples_);
   }
 
   static void capture(at::CPUGeneratorImpl& generator, GeneratorState& state) {
     at::mt19937_data_pod& now = compat::mt19937_data(generator);
     LastBlock& last = t_last;
-    if (!last.block || !has_words(now, *last.block, last.stamp)) {
-      auto fresh = std::allocate_shared<Mt19937Block>(BlockAllocator<Mt19937Block>());
-      std::memcpy(&fresh->engine, &now, sizeof(now));
-      last.block = std::move(fresh);
+    if (!last.block || !has_words(now, last.block->engine, last.stamp)) {
+      last.block = c10::make_intrusive<Mt19937Block>(now);
     }
     last.stamp = stamp_of(now);
     if (last.stamp == 0) {
       last.stamp = new_stamp();
       set_stamp(now, last.stamp);
     }
-    state.block_ = last.block;
+    state.kept_ = last.block;
     state.stamp_ = last.stamp;
-    state.left_ = now.left_;
-    state.next_ = now.next_;
-    state.next_float_ = generator.next_float_normal_sample();
-    state.next_double_ = generator.next_double_normal_sample();
+    state.left_ = static_cast<uint16_t>(now.left_);
+    state.next_ = static_cast<uint16_t>(now.next_);
+    state.samples_ = samples(generator);
   }
 
   static void apply(at::CPUGeneratorImpl& generator, const GeneratorState& state) {
@@ -337,20 +347,39 @@ struct GeneratorState::Mt19937 {
     const uint32_t stamp = stamp_of(data);
     const bool has_them =
         stamp != 0 &&
-        (stamp == state.stamp_ || (stamp == last.stamp && last.block == state.block_)) &&
-        same_turn(data, state.block_->engine);
+        (stamp == state.stamp_ || (stamp == last.stamp && last.block.get() == state.kept_.get())) &&
+        same_turn(data, words(state));
     if (!has_them) {
-      std::memcpy(&data, &state.block_->engine, sizeof(data));
+      std::memcpy(&data, &words(state), sizeof(data));
     }
     data.left_ = state.left_;
     data.next_ = state.next_;
-    generator.set_next_float_normal_sample(state.next_float_);
-    generator.set_next_double_normal_sample(state.next_double_);
+    const Samples& samples = state.samples_;
+    compat::double_sample(generator) =
+        samples.has_double ? std::optional<double>(samples.for_double) : std::nullopt;
+    compat::float_sample(generator) =
+        samples.has_float ? std::optional<float>(samples.for_float) : std::nullopt;
     // It is set, not drawn to: another mark than any before.
-    last = {state.block_, new_stamp()};
+    if (last.block.get() != state.kept_.get()) {
+      last.block = c10::static_intrusive_pointer_cast<Mt19937Block>(state.kept_);
+    }
+    last.stamp = new_stamp();
     set_stamp(data, last.stamp);
   }
 };
+
+namespace {
+
+// An opaque state, which is a byte tensor in host memory (at::Generator's contract).
+const c10::TensorImpl& bytes_of(const c10::intrusive_ptr<c10::intrusive_ptr_target>& kept) {
+  return static_cast<const c10::TensorImpl&>(*kept);
+}
+
+size_t size_of(const c10::TensorImpl& bytes) {
+  return static_cast<size_t>(bytes.numel()) * bytes.itemsize();
+}
+
+}  // namespace
 
 bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   if (kind_ != Kind::kMt19937) {
@@ -371,15 +400,11 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
     case Kind::kMt19937:
       Mt19937::capture(*static_cast<at::CPUGeneratorImpl*>(impl), state);
       break;
-    case Kind::kPhilox: {
-      const auto position = position_of(*impl);
-      state.seed_ = impl->current_seed();
-      state.offset_ = position.offset;
-      state.capture_ = position.capture;
+    case Kind::kPhilox:
+      state.philox_ = position_of(*impl);
       break;
-    }
     case Kind::kOpaque:
-      state.opaque_ = at::Tensor(impl->get_state());
+      state.kept_ = impl->get_state();
       break;
   }
   return state;
@@ -387,9 +412,7 @@ GeneratorState GeneratorState::capture(const at::Generator& generator) {
 
 GeneratorState GeneratorState::philox(uint64_t seed, uint64_t offset) {
   GeneratorState state;
-  state.kind_ = Kind::kPhilox;
-  state.seed_ = seed;
-  state.offset_ = offset;
+  state.philox_ = {seed, offset, kNoCapture};
   return state;
 }
 
@@ -401,9 +424,9 @@ bool GeneratorState::apply(const at::Generator& generator) const {
       Mt19937::apply(*static_cast<at::CPUGeneratorImpl*>(impl), *this);
       break;
     case Kind::kPhilox:
-      return set_position(*impl, seed_, {offset_, capture_});
+      return set_position(*impl, philox_);
     case Kind::kOpaque:
-      impl->set_state(*opaque_.unsafeGetTensorImpl());
+      impl->set_state(bytes_of(kept_));
       break;
   }
   return true;
@@ -416,9 +439,7 @@ bool GeneratorState::is_state_of(const at::Generator& generator) const {
   }
   std::lock_guard<std::mutex> lock(impl->mutex_);
   if (kind_ == Kind::kPhilox) {
-    const auto position = position_of(*impl);
-    return position.offset == offset_ && position.capture == capture_ &&
-           impl->current_seed() == seed_;
+    return position_of(*impl) == philox_;
   }
   auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
   return Mt19937::stands_at(cpu, compat::mt19937_data(cpu), *this);
@@ -431,8 +452,7 @@ bool GeneratorState::is_state_of(const at::Generator& generator, const Generator
   if (kind_ != Kind::kPhilox) {
     return is_state_of(generator);
   }
-  return mark.kind_ == kind_ && mark.seed_ == seed_ && mark.position_ == offset_ &&
-         mark.block_ == capture_;
+  return mark.kind_ == kind_ && philox_ == PhiloxPosition{mark.seed_, mark.position_, mark.block_};
 }
 
 bool GeneratorState::operator==(const GeneratorState& other) const {
@@ -442,16 +462,15 @@ bool GeneratorState::operator==(const GeneratorState& other) const {
   switch (kind_) {
     case Kind::kMt19937:
       return left_ == other.left_ && next_ == other.next_ &&
-             (block_ == other.block_ || same_words(block_->engine, other.block_->engine)) &&
-             same_bits(next_float_, other.next_float_) &&
-             same_bits(next_double_, other.next_double_);
+             (kept_ == other.kept_ || same_words(Mt19937::words(*this), Mt19937::words(other))) &&
+             Mt19937::same_samples(samples_, other.samples_);
     case Kind::kPhilox:
-      return seed_ == other.seed_ && offset_ == other.offset_ && capture_ == other.capture_;
-    case Kind::kOpaque:
-      // Generator states are byte tensors in host memory (at::Generator's contract).
-      return opaque_.nbytes() == other.opaque_.nbytes() &&
-             std::memcmp(opaque_.const_data_ptr(), other.opaque_.const_data_ptr(),
-                         opaque_.nbytes()) == 0;
+      return philox_ == other.philox_;
+    case Kind::kOpaque: {
+      const c10::TensorImpl &bytes = bytes_of(kept_), &others = bytes_of(other.kept_);
+      return size_of(bytes) == size_of(others) &&
+             std::memcmp(bytes.data(), others.data(), size_of(bytes)) == 0;
+    }
   }
   return false;
 }
@@ -464,9 +483,9 @@ at::Tensor GeneratorState::to_tensor() const {
       return generator.get_state();
     }
     case Kind::kPhilox:
-      return philox_tensor(seed_, offset_);
+      return philox_tensor(philox_.seed, philox_.offset);
     case Kind::kOpaque:
-      return opaque_.clone();
+      return at::Tensor(c10::static_intrusive_pointer_cast<c10::TensorImpl>(kept_)).clone();
   }
   return at::Tensor();
 }
@@ -488,14 +507,13 @@ GeneratorState GeneratorState::from_tensor(const at::Generator& generator,
     case Kind::kPhilox:
       TORCH_CHECK_VALUE(tensor.numel() == kPhiloxBytes, "a state of a ", generator.device().type(),
                         " generator has ", kPhiloxBytes, " bytes, got ", tensor.numel());
-      std::memcpy(&state.seed_, tensor.const_data_ptr(), 8);
-      std::memcpy(&state.offset_, static_cast<const uint8_t*>(tensor.const_data_ptr()) + 8, 8);
+      std::memcpy(&state.philox_, tensor.const_data_ptr(), kPhiloxBytes);
       if (is_captured(generator.device())) {  // torch's form does not say so
-        state.capture_ = capture_of(generator.device());
+        state.philox_.capture = capture_of(generator.device());
       }
       break;
     case Kind::kOpaque:
-      state.opaque_ = tensor.clone();
+      state.kept_ = tensor.clone().getIntrusivePtr();
       break;
   }
   return state;
@@ -506,23 +524,15 @@ size_t GeneratorState::nbytes() const {
     case Kind::kMt19937:
       return sizeof(Mt19937Block);
     case Kind::kPhilox:
-      return kPhiloxBytes + (capture_ == kNoCapture ? 0 : sizeof(capture_));
+      return kPhiloxBytes + (philox_.capture == kNoCapture ? 0 : sizeof(philox_.capture));
     case Kind::kOpaque:
-      return opaque_.nbytes();
+      return size_of(bytes_of(kept_));
   }
   return 0;
 }
 
 const void* GeneratorState::address() const {
-  switch (kind_) {
-    case Kind::kMt19937:
-      return block_.get();
-    case Kind::kPhilox:
-      return this;
-    case Kind::kOpaque:
-      return opaque_.unsafeGetTensorImpl();
-  }
-  return this;
+  return kind_ == Kind::kPhilox ? static_cast<const void*>(this) : kept_.get();
 }
 
 std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) const {
@@ -530,13 +540,14 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
     return std::nullopt;
   }
   if (kind_ == Kind::kPhilox) {
-    return seed_ == mark.seed_ && capture_ == mark.block_ && mark.position_ >= offset_
-               ? std::optional<uint64_t>(mark.position_ - offset_)
+    return philox_.seed == mark.seed_ && philox_.capture == mark.block_ &&
+                   mark.position_ >= philox_.offset
+               ? std::optional<uint64_t>(mark.position_ - philox_.offset)
                : std::nullopt;
   }
   // Goes through the blocks: a microsecond for each 624 draws, in an error only.
   constexpr uint64_t kMostBlocks = 100'000;
-  at::mt19937_data_pod data = block_->engine;
+  at::mt19937_data_pod data = Mt19937::words(*this);
   const uint64_t begin = Mt19937::position(left_, next_);
   uint64_t draws = 0;
   for (uint64_t block = 0; block < kMostBlocks; ++block) {
@@ -567,13 +578,17 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       mark.stamp_ = stamp_of(engine);
       mark.position_ = GeneratorState::Mt19937::position(engine.left_, engine.next_);
       mark.block_ = hash_block(engine);
-      mark.cached_ = hash_optional(cpu.next_float_normal_sample()) +
-                     3 * hash_optional(cpu.next_double_normal_sample());
+      if (const auto samples = GeneratorState::Mt19937::samples(cpu);
+          samples.has_double || samples.has_float) {
+        mark.cached_ = hash_bytes(&samples.for_double, sizeof(samples.for_double)) +
+                       3 * hash_bytes(&samples.for_float, sizeof(samples.for_float)) +
+                       2 * samples.has_double + samples.has_float;
+      }
       break;
     }
     case GeneratorState::Kind::kPhilox: {
       const auto position = position_of(*impl);
-      mark.seed_ = impl->current_seed();
+      mark.seed_ = position.seed;
       mark.position_ = position.offset;
       mark.block_ = position.capture;
       break;
@@ -613,11 +628,12 @@ std::string GeneratorMark::describe() const {
 std::string GeneratorState::describe() const {
   switch (kind_) {
     case Kind::kMt19937:
-      return c10::str("mt19937 seed ", block_->engine.seed_, ", word ", next_, " of 624");
+      return c10::str("mt19937 seed ", Mt19937::words(*this).seed_, ", word ", next_, " of 624");
     case Kind::kPhilox:
-      return c10::str("philox seed ", seed_, describe_offset(offset_, capture_));
+      return c10::str("philox seed ", philox_.seed,
+                      describe_offset(philox_.offset, philox_.capture));
     case Kind::kOpaque:
-      return c10::str("opaque state of ", opaque_.nbytes(), " bytes");
+      return c10::str("opaque state of ", nbytes(), " bytes");
   }
   return {};
 }

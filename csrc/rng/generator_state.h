@@ -18,9 +18,9 @@
 
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <string>
 
@@ -28,7 +28,12 @@
 
 namespace reprise {
 
-struct Mt19937Block;  // immutable once made, shared between segments
+struct PhiloxPosition {
+  uint64_t seed;
+  uint64_t offset;
+  CaptureId capture;  // what the offset belongs to
+  bool operator==(const PhiloxPosition&) const = default;
+};
 
 class GeneratorMark;
 
@@ -103,19 +108,27 @@ class GeneratorState {
   friend class GeneratorMark;
   struct Mt19937;  // what concerns that kind alone
 
+  // What is left of pairs of normal samples.
+  struct Samples {
+    double for_double;
+    float for_float;
+    bool has_double;
+    bool has_float;
+  };
+
+  // 48 bytes, whatever the kind: the stash of a segment on eight devices is copied, filled
+  // and compared more often than anything else here.
   Kind kind_ = Kind::kPhilox;
-  uint64_t seed_ = 0;               // philox
-  uint64_t offset_ = 0;             // philox
-  CaptureId capture_ = kNoCapture;  // philox: what offset_ belongs to
-  // mt19937: the words, shared; how many of them are left and which is next; what is left
-  // of pairs of normal samples; the engine's mark at the capture.
-  std::shared_ptr<const Mt19937Block> block_;
-  int left_ = 0;
-  uint32_t next_ = 0;
-  std::optional<float> next_float_;
-  std::optional<double> next_double_;
+  // mt19937: how many words of the block are left, which is next, the engine's mark.
+  uint16_t left_ = 0;
+  uint16_t next_ = 0;
   uint32_t stamp_ = 0;
-  at::Tensor opaque_;  // opaque: strong
+  union {
+    PhiloxPosition philox_ = {0, 0, kNoCapture};
+    Samples samples_;  // mt19937
+  };
+  // mt19937: the Mt19937Block; opaque: a tensor. Shared.
+  c10::intrusive_ptr<c10::intrusive_ptr_target> kept_;
 };
 
 // Where a generator stands, to be compared and told but not restored: what a

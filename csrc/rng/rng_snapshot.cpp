@@ -5,9 +5,10 @@
 #include <c10/core/DeviceType.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <exception>
-
-#include "host.h"
+#include <memory>
 
 namespace reprise {
 namespace {
@@ -38,16 +39,24 @@ bool is_initialised(c10::DeviceType type) {
   return initialised_query() ? initialised_query()(type) : accelerator_has_context(type);
 }
 
-template <typename Visit>
-void visit_generators(c10::DeviceType type, const Visit& visit) {
-  if (!is_initialised(type)) {
-    return;
+// Of an initialised type. torch makes them once and keeps them, so that they are asked for
+// once; what a PrivateUse1 backend does is not known.
+const GeneratorList& generators_of(c10::DeviceType type) {
+  static std::array<std::atomic<const GeneratorList*>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> known{};
+  auto& slot = known[static_cast<size_t>(type)];
+  if (const auto* list = slot.load(std::memory_order_acquire)) {
+    return *list;
   }
   const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
-  const auto count = hooks.deviceCount();
-  for (c10::DeviceIndex index = 0; index < count; ++index) {
-    visit(hooks.getDefaultGenerator(index));
+  auto list = std::make_unique<GeneratorList>();
+  for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
+    list->push_back(hooks.getDefaultGenerator(index));
   }
+  const GeneratorList* made = nullptr;
+  if (slot.compare_exchange_strong(made, list.get(), std::memory_order_acq_rel)) {
+    made = list.release();  // never freed: generators live as long as the process
+  }
+  return *made;
 }
 
 // Calls `visit` with each default generator that exists now, CPU first.
@@ -55,10 +64,18 @@ template <typename Visit>
 void visit_defaults(const Visit& visit) {
   visit(at::detail::getDefaultCPUGenerator());
   for (auto type : built_accelerators()) {
-    visit_generators(type, visit);
+    if (is_initialised(type)) {
+      for (const auto& generator : generators_of(type)) {
+        visit(generator);
+      }
+    }
   }
-  if (at::isPrivateUse1HooksRegistered()) {
-    visit_generators(c10::DeviceType::PrivateUse1, visit);
+  constexpr auto kOther = c10::DeviceType::PrivateUse1;
+  if (at::isPrivateUse1HooksRegistered() && is_initialised(kOther)) {
+    const auto& hooks = at::globalContext().getAcceleratorHooksInterface(kOther);
+    for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
+      visit(hooks.getDefaultGenerator(index));
+    }
   }
 }
 
@@ -80,6 +97,10 @@ GeneratorList default_generators() {
   GeneratorList generators;
   visit_defaults([&generators](const at::Generator& g) { generators.push_back(g); });
   return generators;
+}
+
+void visit_default_generators(c10::function_ref<void(const at::Generator&)> visit) {
+  visit_defaults(visit);
 }
 
 std::string generator_name(const at::Generator& generator) {
@@ -107,18 +128,34 @@ const RngSnapshot::Entries& RngSnapshot::entries() const {
 
 const RngSnapshot& RngSnapshot::of_defaults() {
   thread_local RngSnapshot last;
-  const Entries& known = last.entries();
+  // Nobody has it but us, which is so where each segment draws: its memory is used again.
+  // The fence: whoever had it, on whatever thread, has read it.
+  bool own = last.entries_.use_count() == 1;
+  std::atomic_thread_fence(std::memory_order_acquire);
   size_t next = 0;
-  bool same = true;
   visit_defaults([&](const at::Generator& generator) {
-    same = same && next < known.size() && known[next].generator == generator &&
-           known[next].state.is_still_of(generator);
-    ++next;
+    const size_t i = next++;
+    const Entries& known = last.entries();
+    const bool is_known = i < known.size() && known[i].generator == generator;
+    if (is_known && known[i].state.is_still_of(generator)) {
+      return;
+    }
+    auto state = GeneratorState::capture(generator);
+    if (!own) {
+      last = RngSnapshot(std::make_shared<Entries>(known));
+      own = true;
+    }
+    Entries& entries = *last.entries_;
+    if (is_known) {
+      entries[i].state = std::move(state);
+    } else {  // they have become more, or others, which is rare
+      entries.resize(i);
+      entries.push_back({generator, std::move(state), std::nullopt, false});
+    }
   });
-  if (!same || next != known.size()) {
-    NewEntries entries;
-    visit_defaults([&entries](const at::Generator& generator) { capture_one(entries, generator); });
-    last = RngSnapshot(std::move(entries));
+  if (next < last.size()) {  // some are not there any more
+    last = RngSnapshot(std::make_shared<Entries>(last.entries()));
+    last.entries_->resize(next);
   }
   return last;
 }
@@ -131,16 +168,6 @@ RngSnapshot RngSnapshot::capture_defaults(Generators others) {
   for (const auto& generator : others) {
     capture_one(entries, generator);
   }
-  return RngSnapshot(std::move(entries));
-}
-
-RngSnapshot RngSnapshot::capture_defaults_except(const RngSnapshot& known) {
-  NewEntries entries;
-  visit_defaults([&](const at::Generator& generator) {
-    if (!known.contains(generator)) {
-      capture_one(entries, generator);
-    }
-  });
   return RngSnapshot(std::move(entries));
 }
 
@@ -188,7 +215,10 @@ RngSnapshot RngSnapshot::needed_by_a_replay(
     const bool moved = !e.state.is_state_of(e.generator, end);
     if (moved || e.state.kind() == GeneratorState::Kind::kMt19937 ||
         std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
-      made(needed).push_back({e.generator, e.state, end, moved});
+      if (!needed) {
+        made(needed).reserve(&entries().back() - &e + 1);
+      }
+      needed->push_back({e.generator, e.state, end, moved});
     }
   }
   return RngSnapshot(std::move(needed));
@@ -246,62 +276,26 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   return unknown;
 }
 
-RngSnapshot::Marks RngSnapshot::marks() const {
-  Marks marks;
+GeneratorList RngSnapshot::restore_moved() const {
+  GeneratorList moved;
+  std::exception_ptr error;
   for (const auto& entry : entries()) {
-    marks.push_back(GeneratorMark::of(entry.generator));
+    try {
+      if (put_back(entry.generator, entry.state)) {
+        moved.push_back(entry.generator);
+      }
+    } catch (...) {
+      error = std::current_exception();
+    }
   }
-  return marks;
-}
-
-std::string RngSnapshot::divergence(bool stopped_early, const Indices& left_alone,
-                                    const Marks& marks) const {
-  for (size_t i = 0; i < size(); ++i) {
-    const Entry& entry = entries()[i];
-    if (!entry.end.has_value() ||  // the forward is not over: nothing to compare with
-        std::find(left_alone.begin(), left_alone.end(), i) != left_alone.end()) {
-      continue;
-    }
-    const GeneratorMark& now = marks[i];
-    // A forward that sets its generator may be anywhere when it is stopped.
-    if (stopped_early ? !entry.end->only_drawn_since(entry.state) || !now.is_beyond(*entry.end)
-                      : now == *entry.end) {
-      continue;
-    }
-    // Left where it began: another thread may have drawn during the forward.
-    if (entry.state.is_state_of(entry.generator) && !host().is_alone()) {
-      continue;
-    }
-    std::string text = c10::str("generator ", generator_name(entry.generator),
-                                "\n    began at:      ", entry.state.describe(),
-                                "\n    forward ended: ", entry.end->describe(),
-                                "\n    replay ended:  ", now.describe());
-    const auto expected = entry.state.draws_until(*entry.end);
-    const auto found = entry.state.draws_until(now);
-    if (expected.has_value() && found.has_value()) {
-      text += c10::str("\n    that is ", *expected, " numbers in the forward and ", *found,
-                       " in the replay");
-    }
-    return text;
+  if (error) {
+    std::rethrow_exception(error);
   }
-  return {};
+  return moved;
 }
 
-bool RngSnapshot::any_moved() const {
-  return std::any_of(entries().begin(), entries().end(),
-                     [](const Entry& e) { return !e.state.is_state_of(e.generator); });
-}
-
-RngSnapshot::States RngSnapshot::states() const {
-  States states;
-  for (const auto& entry : entries()) {
-    states.push_back(GeneratorState::capture(entry.generator));
-  }
-  return states;
-}
-
-bool RngSnapshot::put_back_one(const at::Generator& generator, const GeneratorState& state,
-                               const GeneratorMark* mark) {
+bool put_back(const at::Generator& generator, const GeneratorState& state,
+              const GeneratorMark* mark) {
   if (mark != nullptr ? state.is_state_of(generator, *mark) : state.is_state_of(generator)) {
     return false;
   }
@@ -311,58 +305,7 @@ bool RngSnapshot::put_back_one(const at::Generator& generator, const GeneratorSt
   return true;
 }
 
-namespace {
-
-// Calls `visit` with 0 to `n` - 1, all of them; then throws the last error.
-template <typename Visit>
-void visit_all(size_t n, const Visit& visit) {
-  std::exception_ptr error;
-  for (size_t i = 0; i < n; ++i) {
-    try {
-      visit(i);
-    } catch (...) {
-      error = std::current_exception();
-    }
-  }
-  if (error) {
-    std::rethrow_exception(error);
-  }
-}
-
-}  // namespace
-
-GeneratorList RngSnapshot::restore_moved() const {
-  GeneratorList moved;
-  visit_all(size(), [&](size_t i) {
-    if (put_back_one(generator(i), state(i), nullptr)) {
-      moved.push_back(generator(i));
-    }
-  });
-  return moved;
-}
-
-void RngSnapshot::put_back(const States& states, const Marks* marks) const {
-  visit_all(states.size(), [&](size_t i) {
-    put_back_one(generator(i), states[i], marks != nullptr ? &(*marks)[i] : nullptr);
-  });
-}
-
-RngSnapshot::Indices RngSnapshot::apply(const States& now) const {
-  Indices left_alone;
-  for (size_t i = 0; i < size(); ++i) {
-    const Entry& entry = entries()[i];
-    if (entry.state == now[i] || entry.state.apply(entry.generator)) {
-      continue;
-    }
-    if (entry.moved || !entry.end.has_value()) {
-      throw OutOfReach(out_of_reach(entry.generator, entry.state));
-    }
-    left_alone.push_back(i);
-  }
-  return left_alone;
-}
-
-std::string RngSnapshot::out_of_reach(const at::Generator& generator, const GeneratorState& state) {
+std::string out_of_reach(const at::Generator& generator, const GeneratorState& state) {
   return c10::str(
       "generator ", generator_name(generator), " cannot be put back to where it stood\n",
       "    then: ", state.describe(), "\n    now:  ", GeneratorState::capture(generator).describe(),

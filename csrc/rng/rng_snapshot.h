@@ -10,6 +10,7 @@
 
 #include <ATen/core/Generator.h>
 #include <c10/util/ArrayRef.h>
+#include <c10/util/FunctionRef.h>
 #include <c10/util/SmallVector.h>
 
 #include <functional>
@@ -28,6 +29,7 @@ namespace reprise {
 // The default generators that exist now, CPU first.
 using GeneratorList = c10::SmallVector<at::Generator, 2>;
 GeneratorList default_generators();
+void visit_default_generators(c10::function_ref<void(const at::Generator&)> visit);
 
 // Tells whether an accelerator is initialised; the core cannot know for CUDA
 // without a CUDA header (its own query would initialise the driver), so the
@@ -49,21 +51,29 @@ class OutOfReach : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+std::string out_of_reach(const at::Generator& generator, const GeneratorState& state);
+// Puts a generator back to `state`; throws OutOfReach. False if it stands there. `mark`:
+// where it stands now, if that is known.
+bool put_back(const at::Generator& generator, const GeneratorState& state,
+              const GeneratorMark* mark = nullptr);
 
 class RngSnapshot {
  public:
   using Generators = c10::ArrayRef<at::Generator>;
-  using Indices = c10::SmallVector<size_t, 1>;
-  using Marks = c10::SmallVector<GeneratorMark, 1>;
-  using States = c10::SmallVector<GeneratorState, 1>;
+  struct Entry {
+    at::Generator generator;           // strong
+    GeneratorState state;              // where it was captured
+    std::optional<GeneratorMark> end;  // where the forward left it, once that is over
+    bool moved = false;                // by the forward, as far as its end tells
+  };
+  // One entry inline: most programs have the CPU alone, most stashes one device.
+  using Entries = c10::SmallVector<Entry, 1>;
 
   // Holds nothing.
   RngSnapshot() = default;
   // The default generators, and `others` (explicit torch.Generator objects).
   // Each once, however often it is named.
   static RngSnapshot capture_defaults(Generators others = {});
-  // The default generators that `known` does not have.
-  static RngSnapshot capture_defaults_except(const RngSnapshot& known);
   // Only `generators`.
   static RngSnapshot capture(Generators generators);
 
@@ -78,31 +88,16 @@ class RngSnapshot {
   // since. A Philox generator began at offset 0 with the seed it has; of others nothing
   // is known: their names are returned.
   std::vector<std::string> add_newcomers(const RngSnapshot& before);
-  // The first generator that does not stand where the forward left it, in words;
-  // empty if there is none. `stopped_early`: it may stand before that, not beyond.
-  // `left_alone`: what apply() returned. `marks`: where the generators stand now.
-  std::string divergence(bool stopped_early, const Indices& left_alone, const Marks& marks) const;
 
-  // --- restoring ---
-  bool any_moved() const;
-  // Where the generators stand now.
-  Marks marks() const;
-  States states() const;
   // Puts back the generators that do not stand where they were captured, and
   // returns them. An error of one does not keep the others from being put
-  // back; it is thrown at the end, OutOfReach if it is a stream capture.
+  // back; the last one is thrown at the end, OutOfReach if it is a stream capture.
   GeneratorList restore_moved() const;
-  // Puts every generator where it was captured; `now`: where they stand now. Left
-  // alone, and returned, are those that the forward did not move and that are in
-  // another stream capture now; for one that it moved, OutOfReach is thrown.
-  Indices apply(const States& now) const;
-  // Puts the generators where states() found them, as restore_moved() does. `marks`:
-  // where they stand now, if that is known.
-  void put_back(const States& states, const Marks* marks = nullptr) const;
 
   bool contains(const at::Generator& generator) const;
   bool empty() const { return entries_ == nullptr; }
   size_t size() const { return entries().size(); }
+  const Entries& entries() const;
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.
   size_t nbytes(std::unordered_set<const void*>& seen) const;
   std::vector<std::string> names() const;
@@ -114,14 +109,6 @@ class RngSnapshot {
   static RngSnapshot of(std::vector<std::pair<at::Generator, GeneratorState>> states);
 
  private:
-  struct Entry {
-    at::Generator generator;           // strong
-    GeneratorState state;              // where it was captured
-    std::optional<GeneratorMark> end;  // where the forward left it, once that is over
-    bool moved = false;                // by the forward, as far as its end tells
-  };
-  // One entry inline: most programs have the CPU alone, most stashes one device.
-  using Entries = c10::SmallVector<Entry, 1>;
   // Filled before it is shared; null: none.
   using NewEntries = std::shared_ptr<Entries>;
   explicit RngSnapshot(NewEntries entries) : entries_(std::move(entries)) {}
@@ -132,13 +119,8 @@ class RngSnapshot {
   // The default generators where they stand now; the thread's last snapshot of them if
   // they stand there still.
   static const RngSnapshot& of_defaults();
-  const Entries& entries() const;
-  // False if it stands there.
-  static bool put_back_one(const at::Generator& generator, const GeneratorState& state,
-                           const GeneratorMark* mark);
-  static std::string out_of_reach(const at::Generator& generator, const GeneratorState& state);
 
-  std::shared_ptr<const Entries> entries_;  // null: none
+  std::shared_ptr<Entries> entries_;  // null: none; changed by of_defaults() alone
 };
 
 }  // namespace reprise

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_reprise
+
 sys.path.insert(0, str(Path(__file__).parent))  # `cudasim`, whichever import mode pytest runs in
 
 import cudasim
@@ -39,6 +41,14 @@ def pytest_report_header() -> str:
     if torch.cuda.is_available():
         return f"tests/cudasim: on {torch.cuda.device_count()} real devices, no simulation"
     return "tests/cudasim: not collected, the simulation is not loaded (see its README.md)"
+
+
+@pytest.fixture(params=["fields", "virtuals"])
+def philox(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to a CUDA generator: its members, and torch's virtuals, which ask the driver."""
+    torch_reprise._C.enable_philox_fields(request.param == "fields")
+    yield
+    torch_reprise._C.enable_philox_fields(True)
 
 
 @pytest.fixture

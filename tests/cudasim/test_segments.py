@@ -27,7 +27,7 @@ from torch_reprise import (
     rng,
 )
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("seeded"), needs_devices(8)]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("seeded", "philox"), needs_devices(8)]
 
 
 def wanders(x: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+#include "rng/rng_scope.h"
+
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "host.h"
+
+namespace reprise {
+namespace {
+
+using Entry = RngSnapshot::Entry;
+
+// Does a generator of the stash not stand at `now` as it should after the replay? In
+// words; empty if it does. Stopped early, it may stand before that, not beyond.
+std::string divergence(const Entry& entry, const GeneratorMark& now, bool stopped_early) {
+  if (!entry.end.has_value()) {  // the forward is not over: nothing to compare with
+    return {};
+  }
+  // A forward that sets its generator may be anywhere when it is stopped.
+  if (stopped_early ? !entry.end->only_drawn_since(entry.state) || !now.is_beyond(*entry.end)
+                    : now == *entry.end) {
+    return {};
+  }
+  // Left where it began: another thread may have drawn during the forward.
+  if (entry.state.is_state_of(entry.generator) && !host().is_alone()) {
+    return {};
+  }
+  std::string text = c10::str("generator ", generator_name(entry.generator),
+                              "\n    began at:      ", entry.state.describe(),
+                              "\n    forward ended: ", entry.end->describe(),
+                              "\n    replay ended:  ", now.describe());
+  const auto expected = entry.state.draws_until(*entry.end);
+  const auto found = entry.state.draws_until(now);
+  if (expected.has_value() && found.has_value()) {
+    text += c10::str("\n    that is ", *expected, " numbers in the forward and ", *found,
+                     " in the replay");
+  }
+  return text;
+}
+
+}  // namespace
+
+RngScope::RngScope(RngSnapshot stash, bool enabled) : stash_(std::move(stash)), enabled_(enabled) {
+  if (!enabled_) {
+    return;
+  }
+  if (stash_.empty()) {
+    turns_ = GeneratorLease::turns();
+    if (!GeneratorLease::held_by_others()) {
+      all_ = RngSnapshot::capture_defaults();
+    }
+    return;
+  }
+  lease_.emplace(stash_);  // before they are noted: see Note [Turns]
+  turns_ = lease_->turn();
+  if (!lease_->others_held()) {
+    note_others();
+  }
+  try {
+    rewind();
+  } catch (...) {
+    put_back();
+    throw;
+  }
+}
+
+void RngScope::note_others() {
+  visit_default_generators([this](const at::Generator& generator) {
+    if (!stash_.contains(generator)) {
+      others_.emplace_back(generator, GeneratorState::capture(generator));
+    }
+  });
+}
+
+void RngScope::rewind() {
+  const auto& stash = stash_.entries();
+  outer_.reserve(stash.size());
+  for (const Entry& entry : stash) {
+    outer_.push_back(GeneratorState::capture(entry.generator));
+  }
+  for (size_t i = 0; i < stash.size(); ++i) {
+    const Entry& entry = stash[i];
+    if (entry.state == outer_[i] || entry.state.apply(entry.generator)) {
+      continue;
+    }
+    if (entry.moved || !entry.end.has_value()) {
+      throw OutOfReach(out_of_reach(entry.generator, entry.state));
+    }
+    left_alone_.push_back(i);
+  }
+}
+
+bool RngScope::is_left_alone(size_t index) const {
+  return std::find(left_alone_.begin(), left_alone_.end(), index) != left_alone_.end();
+}
+
+bool RngScope::moved_by_us() const {
+  return GeneratorLease::turns() == turns_ && host().is_alone();
+}
+
+template <typename Visit>
+void RngScope::visit_others(const Visit& visit) const {
+  for (const auto& [generator, state] : others_) {
+    visit(generator, state);
+  }
+  for (const Entry& entry : all_.entries()) {
+    visit(entry.generator, entry.state);
+  }
+}
+
+std::string RngScope::finish(Compare compare) {
+  if (!enabled_) {
+    return {};
+  }
+  std::string differs;  // of the first that does
+  GeneratorList unexpected;
+  std::exception_ptr error;
+  const auto put_back_one = [&error](const at::Generator& generator, const GeneratorState& state,
+                                     const GeneratorMark* mark) {
+    try {
+      return reprise::put_back(generator, state, mark);
+    } catch (...) {
+      error = std::current_exception();
+      return false;
+    }
+  };
+  for (size_t i = 0; i < outer_.size(); ++i) {
+    const Entry& entry = stash_.entries()[i];
+    const auto mark = GeneratorMark::of(entry.generator);
+    const bool left_alone = is_left_alone(i);
+    if (compare != Compare::kNothing && !left_alone && differs.empty()) {
+      differs = divergence(entry, mark, compare == Compare::kNotBeyond);
+    }
+    if (put_back_one(entry.generator, outer_[i], &mark) && left_alone && host().is_alone()) {
+      unexpected.push_back(entry.generator);
+    }
+  }
+  bool others_moved = false;
+  const auto look = [&](const at::Generator& generator, const GeneratorState& state) {
+    others_moved = others_moved || !state.is_state_of(generator);
+  };
+  const auto put_back_other = [&](const at::Generator& generator, const GeneratorState& state) {
+    if (put_back_one(generator, state, nullptr)) {
+      unexpected.push_back(generator);
+    }
+  };
+  visit_others(look);
+  if (others_moved && moved_by_us()) {
+    visit_others(put_back_other);
+  }
+  if (error) {
+    std::rethrow_exception(error);
+  }
+  enabled_ = false;
+  lease_.reset();
+  for (const auto& generator : unexpected) {
+    differs += (differs.empty() ? "generator " : "\n  generator ") + generator_name(generator) +
+               "\n    the forward did not draw from it, the replay did";
+  }
+  return differs;
+}
+
+void RngScope::put_back() noexcept {
+  if (!enabled_) {
+    return;
+  }
+  try {
+    finish(Compare::kNothing);
+  } catch (...) {  // NOLINT: an error is on its way already, and tells more than this one
+  }
+  enabled_ = false;
+}
+
+}  // namespace reprise

@@ -1,0 +1,86 @@
+"""Seed and offset of a CUDA generator, read and written where they lie.
+
+`compat::philox_fields` goes around torch's virtuals; here is what it takes for granted of them. The
+tests of segments and captures run both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cuda_helpers import draws, generator, leaf
+
+from torch_reprise import _C, checkpoint, rng
+
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("seeded")]
+
+CHANGES: dict[str, Callable[[torch.Generator], object]] = {
+    "draw": lambda g: torch.rand(5, device="cuda:0", generator=g),
+    "seed": lambda g: g.manual_seed(2**63 + 11),
+    "new seed": lambda g: g.seed(),
+    "offset": lambda g: g.set_offset(2**40 + 4),
+    "state": lambda g: g.set_state(torch.Generator("cuda").manual_seed(5).get_state()),
+    "state of another": lambda g: g.graphsafe_set_state(
+        torch.Generator("cuda").manual_seed(6).graphsafe_get_state()
+    ),
+}
+
+
+def told_by_torch(g: torch.Generator) -> tuple[int, int]:
+    return g.initial_seed(), g.get_offset()
+
+
+@pytest.mark.parametrize("of", ["default", "explicit", "clone"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_they_are_what_torch_says(change: str, of: str) -> None:
+    g = generator(0) if of == "default" else torch.Generator("cuda:0")
+    if of == "clone":
+        g = g.clone_state()
+    assert _C.philox_fields(g) == told_by_torch(g)
+    before = told_by_torch(g)
+    CHANGES[change](g)
+    assert _C.philox_fields(g) == told_by_torch(g) != before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_is_put_back_is_the_one_that_torch_gives(change: str) -> None:
+    g = generator(0)
+    torch.rand(3, device="cuda:0")
+    expected = g.get_state()
+    snapshot = rng.capture()
+    CHANGES[change](g)
+    assert not torch.equal(g.get_state(), expected)
+    assert rng.capture() != snapshot
+    snapshot.restore()
+    assert torch.equal(g.get_state(), expected)
+    assert rng.capture() == snapshot
+
+
+def test_other_generators_have_none() -> None:
+    assert _C.philox_fields(torch.default_generator) is None
+
+
+def test_an_offset_that_torch_refuses_is_refused() -> None:
+    state = torch.cuda.get_rng_state(0)
+    state.view(torch.int64)[1] = 6
+    snapshot = rng.RngSnapshot.from_state_tensors({"cuda:0": state})
+    with pytest.raises(RuntimeError, match="multiple of 4"):
+        snapshot.restore()
+
+
+def test_a_generator_with_a_state_of_another_one_is_rewound() -> None:
+    """A segment's generator may get another state object between forward and backward."""
+    g = generator(0)
+    seen: list[tuple[int, int]] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        seen.append(told_by_torch(g))
+        return draws(x)
+
+    y = checkpoint(fn, leaf("cuda:0"), use_reentrant=False)
+    g.graphsafe_set_state(torch.Generator("cuda").manual_seed(6).graphsafe_get_state())
+    between = told_by_torch(g)
+    y.sum().backward()
+    assert seen[1] == seen[0] and told_by_torch(g) == between
