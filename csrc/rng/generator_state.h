@@ -8,8 +8,9 @@
 //            that states between two turns share a block of words, and going from one
 //            to the other is setting a position.
 //   philox   (seed, offset): all there is to know of a CUDA, XPU or MPS
-//            generator. Read and written through virtuals of GeneratorImpl,
-//            with no device header, no tensor and no synchronisation. While a
+//            generator. Read and written where they lie in torch's CUDA generator
+//            (compat::philox_fields) and through virtuals of GeneratorImpl in others,
+//            with no header of a device, no tensor and no synchronisation. While a
 //            stream is captured a third part says what the offset counts from:
 //            Note [Stream capture] in stream_capture.h.
 //   opaque   whatever get_state() returns, for every other backend: get_offset

@@ -20,8 +20,8 @@
 // generator's own device, since operators make the device of their tensors the
 // current one. So that is what is asked here, for each generator. While a stream of
 // one device is captured, the others draw as always, and are rewound as always;
-// only must their device be the current one for that, since torch looks at the
-// current device to refuse get_offset.
+// only must their device be the current one where a generator is asked by its virtuals,
+// since torch looks at the current device to refuse get_offset.
 //
 // The first get_state in a capture makes torch's count (16 bytes on the device),
 // as the first draw would. A graph that then draws nothing pays nothing at launch.
@@ -44,13 +44,13 @@ constexpr CaptureId kNoCapture = 0;
 // can move.
 constexpr CaptureId kForeignCapture = ~CaptureId{0};
 
-// Is the current stream of `device` being captured?
+// Is the current stream of `device` being captured? Some 20 ns where that is the default
+// stream, which CUDA does not capture; every look at a generator pays them.
 bool is_captured(c10::Device device);
 
 // The same, but false also where torch refuses to tell an offset anyway: on the
-// current device, as far as CUDA goes. This is what every look at a generator pays:
-// some 20 ns where the current stream is the default one, which torch never
-// captures, and no call into CUDA for other streams of the current device.
+// current device, as far as CUDA goes. For looks by torch's virtuals, which ask the
+// driver themselves.
 inline bool is_captured_unnoticed(c10::Device device) {
   const auto* guard =
       c10::impl::device_guard_impl_registry[static_cast<size_t>(device.type())].load();
