@@ -117,39 +117,43 @@ std::string RngScope::finish(Compare compare) {
   }
   std::string differs;  // of the first that does
   GeneratorList unexpected;
-  std::exception_ptr error;
-  const auto put_back_one = [&error](const at::Generator& generator, const GeneratorState& state,
-                                     const GeneratorMark* mark) {
+  std::exception_ptr error;  // the last one: each is put back whatever another does
+  const auto attempt = [&error](const auto& action) {
     try {
-      return reprise::put_back(generator, state, mark);
+      action();
     } catch (...) {
       error = std::current_exception();
-      return false;
     }
   };
   for (size_t i = 0; i < outer_.size(); ++i) {
     const Entry& entry = stash_.entries()[i];
-    const auto mark = GeneratorMark::of(entry.generator);
-    const bool left_alone = is_left_alone(i);
-    if (compare != Compare::kNothing && !left_alone && differs.empty()) {
-      differs = divergence(entry, mark, compare == Compare::kNotBeyond);
-    }
-    if (put_back_one(entry.generator, outer_[i], &mark) && left_alone && host().is_alone()) {
-      unexpected.push_back(entry.generator);
-    }
+    attempt([&] {
+      if (compare == Compare::kNothing) {
+        reprise::put_back(entry.generator, outer_[i]);
+        return;
+      }
+      const auto mark = GeneratorMark::of(entry.generator);
+      const bool left_alone = is_left_alone(i);
+      if (!left_alone && differs.empty()) {
+        differs = divergence(entry, mark, compare == Compare::kNotBeyond);
+      }
+      if (reprise::put_back(entry.generator, outer_[i], &mark) && left_alone && host().is_alone()) {
+        unexpected.push_back(entry.generator);
+      }
+    });
   }
   bool others_moved = false;
-  const auto look = [&](const at::Generator& generator, const GeneratorState& state) {
-    others_moved = others_moved || !state.is_state_of(generator);
-  };
-  const auto put_back_other = [&](const at::Generator& generator, const GeneratorState& state) {
-    if (put_back_one(generator, state, nullptr)) {
-      unexpected.push_back(generator);
-    }
-  };
-  visit_others(look);
+  visit_others([&](const at::Generator& generator, const GeneratorState& state) {
+    attempt([&] { others_moved = others_moved || !state.is_state_of(generator); });
+  });
   if (others_moved && moved_by_us()) {
-    visit_others(put_back_other);
+    visit_others([&](const at::Generator& generator, const GeneratorState& state) {
+      attempt([&] {
+        if (reprise::put_back(generator, state)) {
+          unexpected.push_back(generator);
+        }
+      });
+    });
   }
   if (error) {
     std::rethrow_exception(error);

@@ -55,9 +55,14 @@ class OpaqueGenerator final : public CountingGenerator {
     offset_ = static_cast<const uint8_t*>(state.data())[0];
   }
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    if (broken) {
+      throw std::runtime_error("the device is lost");
+    }
     auto state = at::full({3}, static_cast<int64_t>(offset_), at::kByte);
     return state.getIntrusivePtr();
   }
+
+  static inline bool broken = false;
 };
 
 // Devices of a type that has captures, and no CUDA to tell which one is which.
@@ -219,6 +224,34 @@ TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
   EXPECT(at::equal(at::globalContext().defaultGenerator(at::kCPU).get_state(), before));
   std::unordered_set<const void*> seen;
   EXPECT_EQ(stash.nbytes(seen), 0u);
+}
+
+TEST(an_error_of_one_generator_keeps_no_other_from_being_put_back) {
+  TestHost::install();
+  auto cpu = at::globalContext().defaultGenerator(at::kCPU);
+  for (const bool compared : {true, false}) {
+    at::manual_seed(1);
+    const auto stash = reprise::RngSnapshot::capture({make<OpaqueGenerator>(), cpu});
+    at::rand({3});
+    const auto after = cpu.get_state();
+    bool failed = false;
+    {
+      reprise::RngScope scope(stash, true);
+      at::rand({5});
+      OpaqueGenerator::broken = true;
+      try {
+        if (compared) {
+          scope.put_back_and_compare(false);
+        }
+      } catch (const std::runtime_error&) {
+        failed = true;
+        EXPECT(at::equal(cpu.get_state(), after));
+      }
+    }
+    OpaqueGenerator::broken = false;
+    EXPECT_EQ(failed, compared);
+    EXPECT(at::equal(cpu.get_state(), after));
+  }
 }
 
 TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
