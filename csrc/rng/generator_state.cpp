@@ -125,6 +125,22 @@ uint32_t new_stamp() {
   return stamp;
 }
 
+// The mark that a generator was given last. What else its padding has is no mark: a seed
+// leaves there what was on the stack, which may be the same the next time. By address, so that
+// generators may take each other's place: then one gets a new mark, and its state is kept.
+// Callers hold the generator's mutex.
+std::atomic<uint32_t>& given_stamp(const at::CPUGeneratorImpl& generator) {
+  static std::array<std::atomic<uint32_t>, 256> stamps{};
+  return stamps[(reinterpret_cast<uintptr_t>(&generator) >> 6) % stamps.size()];
+}
+
+uint32_t give_stamp(const at::CPUGeneratorImpl& generator, at::mt19937_data_pod& data) {
+  const uint32_t stamp = new_stamp();
+  given_stamp(generator).store(stamp, std::memory_order_relaxed);
+  set_stamp(data, stamp);
+  return stamp;
+}
+
 // Are these the words of the engine that had this mark when they were noted?
 bool has_words(const at::mt19937_data_pod& now, const at::mt19937_data_pod& then, uint32_t stamp) {
   return stamp != 0 && stamp_of(now) == stamp ? same_turn(now, then) : same_words(now, then);
@@ -330,9 +346,8 @@ struct GeneratorState::Mt19937 {
       last.block = c10::make_intrusive<Mt19937Block>(now);
     }
     last.stamp = stamp_of(now);
-    if (last.stamp == 0) {
-      last.stamp = new_stamp();
-      set_stamp(now, last.stamp);
+    if (last.stamp != given_stamp(generator).load(std::memory_order_relaxed) || last.stamp == 0) {
+      last.stamp = give_stamp(generator, now);
     }
     state.kept_ = last.block;
     state.stamp_ = last.stamp;
@@ -363,8 +378,7 @@ struct GeneratorState::Mt19937 {
     if (last.block.get() != state.kept_.get()) {
       last.block = c10::static_intrusive_pointer_cast<Mt19937Block>(state.kept_);
     }
-    last.stamp = new_stamp();
-    set_stamp(data, last.stamp);
+    last.stamp = give_stamp(generator, data);
   }
 };
 

@@ -60,7 +60,12 @@ class GeneratorState {
   //
   // capture() gives an engine without a mark one that no other has, so that a segment
   // which begins after a state was set, inside of another one, does not make that one
-  // believe that nothing happened. (There are 2^24 marks; then they begin again.)
+  // believe that nothing happened. (There are 2^24 marks; then they begin again.) Padding
+  // that is not the mark which the generator was given last is no mark.
+  //
+  // What is left: torch.get_rng_state() copies a marked engine to the stack, and a later
+  // torch.manual_seed() could leave that very padding behind. It matters where the segment
+  // began right after the same seed.
   //
   // is_untouched_since(): is the mark still the one that was there at the capture, and
   // the state this one? Always false for other kinds than mt19937.

@@ -266,6 +266,24 @@ TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
   EXPECT(stash.names_of_moved().empty());
 }
 
+// torch does not initialise the padding of an engine that it seeds: it has what was on the
+// stack there, which may be the same twice.
+TEST(what_a_seed_leaves_in_the_padding_is_no_mark) {
+  auto generator = at::globalContext().defaultGenerator(at::kCPU);
+  const auto seed = [&generator] {
+    generator.set_current_seed(6);
+    auto& data = reprise::compat::mt19937_data(*generator.get<at::CPUGeneratorImpl>());
+    std::memcpy(reinterpret_cast<char*>(&data) + offsetof(at::mt19937_data_pod, seeded_) + 1, "abc",
+                3);
+  };
+  seed();
+  auto stash = reprise::RngSnapshot::capture_defaults();
+  at::rand({3});
+  seed();
+  stash = stash.needed_by_a_replay(kNoDevices);
+  EXPECT_EQ(stash.size(), 1u);
+}
+
 TEST(marks_go_with_a_seed_and_stay_with_draws) {
   auto generator = at::detail::createCPUGenerator(3);
   const auto before = generator.get_state();
