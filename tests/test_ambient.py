@@ -369,3 +369,42 @@ def test_segments_keep_the_variables_they_began_under_and_no_longer_than_they_li
     del first, second, value, out, token
     gc.collect()
     assert known() is None
+
+
+# Casts that autocast has cached, by dtype and around a backward.
+BACKWARD_INSIDE: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: setting(lambda: None, lambda _: None, None),
+    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "half": lambda: torch.autocast("cpu", torch.half),
+    "disabled": lambda: torch.autocast("cpu", enabled=False),
+}
+
+
+@both_forms
+@pytest.mark.parametrize("inside", BACKWARD_INSIDE)
+def test_casts_of_one_replay_are_not_those_of_another(inside: str, use_reentrant: bool) -> None:
+    """Segments that cast one weight to several dtypes, and a backward in a context of autocast."""
+
+    def program(run: Run) -> Any:
+        x, weight = leaf(4, 4), leaf(4, 4)
+
+        def multiplied(t: Tensor) -> Tensor:
+            return (t @ weight).sin()
+
+        def in_both(t: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.half):
+                t = multiplied(t)
+            with torch.autocast("cpu", torch.bfloat16):
+                return multiplied(t)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = [run(multiplied, x)]
+        with torch.autocast("cpu", torch.half):
+            outs += [run(multiplied, x)]
+        outs += [run(multiplied, x), run(in_both, x)]
+        with BACKWARD_INSIDE[inside]():
+            x @ weight  # fills the cache
+            torch.autograd.backward([out.float().sum() for out in outs])
+        return outs, grads([x, weight])
+
+    assert_exact(program, use_reentrant=use_reentrant, replays=4)

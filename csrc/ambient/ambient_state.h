@@ -71,6 +71,7 @@ class AmbientState {
 
   std::shared_ptr<const TorchFlags> flags_;  // null: nothing was noted
   bool has_default_device_ = false;
+  bool inside_autocast_ = false;  // in a context of autocast, be it on or off
   AutocastState autocast_;
   // Strong references, dropped with the segment; outermost first.
   c10::SmallVector<FunctionMode, 0> function_modes_;
@@ -89,7 +90,8 @@ class AmbientScope {
   bool active_;
   std::shared_ptr<const TorchFlags> outer_flags_;
   AutocastState outer_autocast_;
-  bool autocast_nested_ = false;
+  bool clears_casts_ = false;
+  int outer_nesting_ = 0;   // of contexts of autocast
   int function_modes_ = 0;  // how many were pushed
   int dispatch_modes_ = 0;
 };
