@@ -183,10 +183,8 @@ AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != 
   // its own: it begins with an empty one, and contexts inside of fn are outermost if they
   // were in the forward. What was cached around the backward is cast again afterwards.
   outer_nesting_ = nesting();
-  // Autocast may be on without a context.
-  const bool has_casts = outer_nesting_ > 0 || outer_autocast_.enabled != 0;
-  clears_casts_ = has_casts || state.inside_autocast_ || state.autocast_.enabled != 0;
-  if (has_casts) {
+  clears_casts_ = state.inside_autocast_ || outer_nesting_ > 0;
+  if (outer_nesting_ > 0) {
     at::autocast::clear_cache();
   }
   set_nesting(outer_nesting_, state.inside_autocast_ ? 1 : 0);
