@@ -77,25 +77,6 @@ void AutocastState::apply(const AutocastState& now) const {
   }
 }
 
-namespace {
-
-// How many contexts of autocast this thread is in.
-int nesting() {
-  at::autocast::increment_nesting();
-  return at::autocast::decrement_nesting();
-}
-
-void set_nesting(int from, int to) {
-  for (; from < to; ++from) {
-    at::autocast::increment_nesting();
-  }
-  for (; from > to; --from) {
-    at::autocast::decrement_nesting();
-  }
-}
-
-}  // namespace
-
 AmbientState AmbientState::capture() {
   AmbientState state;
   state.note();
@@ -105,7 +86,6 @@ AmbientState AmbientState::capture() {
 void AmbientState::note() {
   flags_ = TorchFlags::current();
   autocast_ = AutocastState::current();
-  inside_autocast_ = nesting() > 0;
   for (int64_t i = 0, n = PythonTorchFunctionTLS::stack_len(); i < n; ++i) {
     function_modes_.push_back(PythonTorchFunctionTLS::get_stack_at(i));
     has_default_device_ |= host().is_default_device_mode(*function_modes_.back());
@@ -173,21 +153,11 @@ AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != 
     PythonTorchFunctionTLS::push_onto_stack(host().cpu_device_mode());
     ++function_modes_;
   }
-  // Note [Cached casts]
-  //
-  //   with torch.autocast("cuda", torch.bfloat16):
-  //       loss.backward()           # replays a segment that ran under float16
-  //
-  // Autocast keeps the casts of weights, by weight alone, and forgets them where the
-  // outermost of its contexts ends. So what a replay finds and leaves in that cache must be
-  // its own: it begins with an empty one, and contexts inside of fn are outermost if they
-  // were in the forward. What was cached around the backward is cast again afterwards.
-  outer_nesting_ = nesting();
-  clears_casts_ = state.inside_autocast_ || outer_nesting_ > 0;
-  if (outer_nesting_ > 0) {
-    at::autocast::clear_cache();
+  if (state.autocast_.enabled != 0) {
+    // As entering autocast does: casts cached inside do not outlive the scope.
+    at::autocast::increment_nesting();
+    autocast_nested_ = true;
   }
-  set_nesting(outer_nesting_, state.inside_autocast_ ? 1 : 0);
   state.autocast_.apply(outer_autocast_);
   for (const auto& mode : state.function_modes_) {
     if (!is_active<PythonTorchFunctionTLS>(mode)) {
@@ -214,8 +184,7 @@ AmbientScope::~AmbientScope() {
     PythonTorchFunctionTLS::pop_stack();
   }
   outer_autocast_.apply(AutocastState::current());
-  set_nesting(nesting(), outer_nesting_);
-  if (clears_casts_) {
+  if (autocast_nested_ && at::autocast::decrement_nesting() == 0) {
     at::autocast::clear_cache();
   }
   if (const auto& now = TorchFlags::current(); now != outer_flags_) {

@@ -71,7 +71,6 @@ class AmbientState {
 
   std::shared_ptr<const TorchFlags> flags_;  // null: nothing was noted
   bool has_default_device_ = false;
-  bool inside_autocast_ = false;  // in a context of autocast, be it on or off
   AutocastState autocast_;
   // Strong references, dropped with the segment; outermost first.
   c10::SmallVector<FunctionMode, 0> function_modes_;
@@ -90,8 +89,7 @@ class AmbientScope {
   bool active_;
   std::shared_ptr<const TorchFlags> outer_flags_;
   AutocastState outer_autocast_;
-  bool clears_casts_ = false;
-  int outer_nesting_ = 0;   // of contexts of autocast
+  bool autocast_nested_ = false;
   int function_modes_ = 0;  // how many were pushed
   int dispatch_modes_ = 0;
 };
