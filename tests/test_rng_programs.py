@@ -86,7 +86,9 @@ class Player:
             case "segment":
                 run = self.forms[step.number < 3]
                 return run(lambda value: self.play(step.inner, value), x)
-        return x.sin()
+            case "sin":
+                return x.sin()
+        raise AssertionError(f"no such step: {step.kind}")
 
 
 def outcome(seed: int, forms: dict[bool, Run]) -> list[Tensor]:

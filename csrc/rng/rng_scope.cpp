@@ -3,7 +3,6 @@
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
-#include <exception>
 #include <utility>
 
 #include "host.h"
@@ -117,14 +116,7 @@ std::string RngScope::finish(Compare compare) {
   }
   std::string differs;  // of the first that does
   GeneratorList unexpected;
-  std::exception_ptr error;  // the last one: each is put back whatever another does
-  const auto attempt = [&error](const auto& action) {
-    try {
-      action();
-    } catch (...) {
-      error = std::current_exception();
-    }
-  };
+  Attempts attempt;
   for (size_t i = 0; i < outer_.size(); ++i) {
     const Entry& entry = stash_.entries()[i];
     attempt([&] {
@@ -155,9 +147,7 @@ std::string RngScope::finish(Compare compare) {
       });
     });
   }
-  if (error) {
-    std::rethrow_exception(error);
-  }
+  attempt.rethrow();
   enabled_ = false;
   lease_.reset();
   for (const auto& generator : unexpected) {

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <exception>
 #include <memory>
 
 namespace reprise {
@@ -39,7 +38,16 @@ bool is_initialised(c10::DeviceType type) {
   return initialised_query() ? initialised_query()(type) : accelerator_has_context(type);
 }
 
-// Of an initialised type. torch makes them once and keeps them, so that they are asked for
+// Calls `visit` with the default generators of an initialised type.
+template <typename Visit>
+void visit_generators(c10::DeviceType type, const Visit& visit) {
+  const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
+  for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
+    visit(hooks.getDefaultGenerator(index));
+  }
+}
+
+// The same, but torch makes them once and keeps them, so that they are asked for
 // once; what a PrivateUse1 backend does is not known.
 const GeneratorList& generators_of(c10::DeviceType type) {
   static std::array<std::atomic<const GeneratorList*>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> known{};
@@ -47,11 +55,8 @@ const GeneratorList& generators_of(c10::DeviceType type) {
   if (const auto* list = slot.load(std::memory_order_acquire)) {
     return *list;
   }
-  const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
   auto list = std::make_unique<GeneratorList>();
-  for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
-    list->push_back(hooks.getDefaultGenerator(index));
-  }
+  visit_generators(type, [&list](const at::Generator& generator) { list->push_back(generator); });
   const GeneratorList* made = nullptr;
   if (slot.compare_exchange_strong(made, list.get(), std::memory_order_acq_rel)) {
     made = list.release();  // never freed: generators live as long as the process
@@ -72,10 +77,7 @@ void visit_defaults(const Visit& visit) {
   }
   constexpr auto kOther = c10::DeviceType::PrivateUse1;
   if (at::isPrivateUse1HooksRegistered() && is_initialised(kOther)) {
-    const auto& hooks = at::globalContext().getAcceleratorHooksInterface(kOther);
-    for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
-      visit(hooks.getDefaultGenerator(index));
-    }
+    visit_generators(kOther, visit);
   }
 }
 
@@ -278,19 +280,15 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
 
 GeneratorList RngSnapshot::restore_moved() const {
   GeneratorList moved;
-  std::exception_ptr error;
+  Attempts attempt;
   for (const auto& entry : entries()) {
-    try {
+    attempt([&] {
       if (put_back(entry.generator, entry.state)) {
         moved.push_back(entry.generator);
       }
-    } catch (...) {
-      error = std::current_exception();
-    }
+    });
   }
-  if (error) {
-    std::rethrow_exception(error);
-  }
+  attempt.rethrow();
   return moved;
 }
 

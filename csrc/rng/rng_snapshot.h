@@ -13,6 +13,7 @@
 #include <c10/util/FunctionRef.h>
 #include <c10/util/SmallVector.h>
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -56,6 +57,27 @@ std::string out_of_reach(const at::Generator& generator, const GeneratorState& s
 // where it stands now, if that is known.
 bool put_back(const at::Generator& generator, const GeneratorState& state,
               const GeneratorMark* mark = nullptr);
+
+// Runs actions, each whatever became of the others; rethrow() throws the last error.
+class Attempts {
+ public:
+  template <typename Action>
+  void operator()(const Action& action) {
+    try {
+      action();
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) {
+      std::rethrow_exception(error_);
+    }
+  }
+
+ private:
+  std::exception_ptr error_;
+};
 
 class RngSnapshot {
  public:

@@ -4,6 +4,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <cstddef>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <unordered_set>
@@ -13,6 +15,7 @@
 #include "rng/rng_scope.h"
 #include "rng/rng_snapshot.h"
 #include "test_host.h"
+#include "torch_compat.h"
 
 using reprise::GeneratorState;
 
