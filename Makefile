@@ -122,7 +122,7 @@ conformance: build
 soak: build
 	REPRISE_SOAK=100000 REPRISE_PROGRAMS=3000 \
 	  $(BIN)/python -m pytest tests/test_soak.py tests/test_differential.py tests/test_rng_programs.py \
-	  tests/test_faults.py $(PYTEST_ARGS)
+	  tests/test_ambient_programs.py tests/test_faults.py $(PYTEST_ARGS)
 
 # Leaks are not looked for: torch keeps what it has for ever.
 sanitize: build

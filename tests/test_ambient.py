@@ -369,3 +369,92 @@ def test_segments_keep_the_variables_they_began_under_and_no_longer_than_they_li
     del first, second, value, out, token
     gc.collect()
     assert known() is None
+
+
+# Casts that autocast has cached, by dtype and around a backward.
+BACKWARD_INSIDE: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: setting(lambda: None, lambda _: None, None),
+    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "half": lambda: torch.autocast("cpu", torch.half),
+    "disabled": lambda: torch.autocast("cpu", enabled=False),
+}
+
+
+@both_forms
+@pytest.mark.parametrize("inside", BACKWARD_INSIDE)
+def test_casts_of_one_replay_are_not_those_of_another(inside: str, use_reentrant: bool) -> None:
+    """Segments that cast one weight to several dtypes, and a backward in a context of autocast."""
+
+    def program(run: Run) -> Any:
+        x, weight = leaf(4, 4), leaf(4, 4)
+
+        def multiplied(t: Tensor) -> Tensor:
+            return (t @ weight).sin()
+
+        def in_both(t: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.half):
+                t = multiplied(t)
+            with torch.autocast("cpu", torch.bfloat16):
+                return multiplied(t)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = [run(multiplied, x)]
+        with torch.autocast("cpu", torch.half):
+            outs += [run(multiplied, x)]
+        outs += [run(multiplied, x), run(in_both, x)]
+        with BACKWARD_INSIDE[inside]():
+            x @ weight  # fills the cache
+            torch.autograd.backward([out.float().sum() for out in outs])
+        return outs, grads([x, weight])
+
+    assert_exact(program, use_reentrant=use_reentrant, replays=4)
+
+
+class SinDoubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.sin else result
+
+
+class CosShifted(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result + 1 if func is torch.ops.aten.cos.default else result
+
+
+@pytest.mark.parametrize("mode", [SinDoubled, CosShifted])
+def test_a_mode_that_the_function_entered_is_entered_once_in_a_replay_for_its_own_backward(
+    mode: Callable[[], Any],
+) -> None:
+    def program(run: Run) -> Any:
+        x, weight = leaf(3, 3), leaf(3, 3)
+
+        def penalised(t: Tensor) -> Tensor:
+            inner = t.detach().requires_grad_()
+            with mode():
+                (grad,) = torch.autograd.grad(torch.sin(inner @ weight).cos().exp().sum(), inner)
+            return torch.sin(t @ weight).cos() + grad
+
+        out = run(penalised, x)
+        out.sum().backward()
+        return out, grads([x, weight])
+
+    assert_exact(program)
+
+
+def test_a_backward_inside_of_the_function_leaves_the_casts_that_its_context_has_made() -> None:
+    def program(run: Run) -> Any:
+        x, weight = leaf(4, 4), leaf(4, 4)
+
+        def twice(t: Tensor) -> Tensor:
+            inner = t.detach().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                t = (t @ weight).sin()
+                (grad,) = torch.autograd.grad((inner @ weight).exp().sum(), inner)
+                return (t @ weight).sin() + grad
+
+        out = run(twice, x)
+        out.float().sum().backward()
+        return out, grads([x, weight])
+
+    assert_exact(program)

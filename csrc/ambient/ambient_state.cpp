@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "ambient/cast_cache.h"
 #include "host.h"
 
 namespace reprise {
@@ -77,6 +78,21 @@ void AutocastState::apply(const AutocastState& now) const {
   }
 }
 
+namespace {
+
+// How many modes of torch's own (fake, proxy, functional) there are, which get_stack_at
+// counts first.
+int64_t infra_modes() {
+  int64_t found = 0;
+  for (auto key : {c10::impl::TorchDispatchModeKey::FAKE, c10::impl::TorchDispatchModeKey::PROXY,
+                   c10::impl::TorchDispatchModeKey::FUNCTIONAL}) {
+    found += TorchDispatchModeTLS::get_mode(key).has_value() ? 1 : 0;
+  }
+  return found;
+}
+
+}  // namespace
+
 AmbientState AmbientState::capture() {
   AmbientState state;
   state.note();
@@ -86,18 +102,16 @@ AmbientState AmbientState::capture() {
 void AmbientState::note() {
   flags_ = TorchFlags::current();
   autocast_ = AutocastState::current();
+  inside_autocast_ = autocast_nesting() > 0;
+  if (inside_autocast_) {
+    cast_cache_ = mark_of_cast_cache();
+  }
   for (int64_t i = 0, n = PythonTorchFunctionTLS::stack_len(); i < n; ++i) {
     function_modes_.push_back(PythonTorchFunctionTLS::get_stack_at(i));
     has_default_device_ |= host().is_default_device_mode(*function_modes_.back());
   }
   if (TorchDispatchModeTLS::any_modes_set(/*skip_infra_modes=*/true)) {
-    // get_stack_at counts the infra modes (fake, proxy, functional) first.
-    int64_t infra = 0;
-    for (auto key : {c10::impl::TorchDispatchModeKey::FAKE, c10::impl::TorchDispatchModeKey::PROXY,
-                     c10::impl::TorchDispatchModeKey::FUNCTIONAL}) {
-      infra += TorchDispatchModeTLS::get_mode(key).has_value() ? 1 : 0;
-    }
-    for (int64_t i = infra, n = TorchDispatchModeTLS::stack_len(); i < n; ++i) {
+    for (int64_t i = infra_modes(), n = TorchDispatchModeTLS::stack_len(); i < n; ++i) {
       dispatch_modes_.push_back(TorchDispatchModeTLS::get_stack_at(i));
     }
   }
@@ -105,15 +119,36 @@ void AmbientState::note() {
 
 namespace {
 
+template <typename Mode>
+bool same_mode(const Mode& a, const Mode& b) {
+  return a->ptr(&a->pyinterpreter()) == b->ptr(&b->pyinterpreter());
+}
+
 template <typename TLS, typename Mode>
 bool is_active(const Mode& mode) {
   for (int64_t i = 0, n = TLS::stack_len(); i < n; ++i) {
-    const auto& active = TLS::get_stack_at(i);
-    if (active->ptr(&active->pyinterpreter()) == mode->ptr(&mode->pyinterpreter())) {
+    if (same_mode(TLS::get_stack_at(i), mode)) {
       return true;
     }
   }
   return false;
+}
+
+// The first of this thread's modes that is not one of those that were there before, which
+// begin at `first`. The end if others lie there now.
+template <typename TLS, typename Modes>
+int64_t own_modes_begin(int64_t first, const Modes& before) {
+  const int64_t all = TLS::stack_len();
+  const int64_t begin = first + static_cast<int64_t>(before.size());
+  if (begin > all) {
+    return all;
+  }
+  for (size_t i = 0; i < before.size(); ++i) {
+    if (!same_mode(TLS::get_stack_at(first + static_cast<int64_t>(i)), before[i])) {
+      return all;
+    }
+  }
+  return begin;
 }
 
 bool default_device_is_set() {
@@ -140,9 +175,13 @@ std::string AmbientState::settings_diff() const {
   return text;
 }
 
-AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != nullptr) {
+AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
+    : active_(state.flags_ != nullptr) {
   if (!active_) {
     return;
+  }
+  if (inside_fn) {
+    set_own_modes_aside(state);
   }
   outer_flags_ = TorchFlags::current();
   outer_autocast_ = AutocastState::current();
@@ -153,12 +192,7 @@ AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != 
     PythonTorchFunctionTLS::push_onto_stack(host().cpu_device_mode());
     ++function_modes_;
   }
-  if (state.autocast_.enabled != 0) {
-    // As entering autocast does: casts cached inside do not outlive the scope.
-    at::autocast::increment_nesting();
-    autocast_nested_ = true;
-  }
-  state.autocast_.apply(outer_autocast_);
+  begin_autocast(state, inside_fn);
   for (const auto& mode : state.function_modes_) {
     if (!is_active<PythonTorchFunctionTLS>(mode)) {
       PythonTorchFunctionTLS::push_onto_stack(mode);
@@ -173,6 +207,44 @@ AmbientScope::AmbientScope(const AmbientState& state) : active_(state.flags_ != 
   }
 }
 
+void AmbientScope::set_own_modes_aside(const AmbientState& state) {
+  for (auto i = own_modes_begin<PythonTorchFunctionTLS>(0, state.function_modes_),
+            n = PythonTorchFunctionTLS::stack_len();
+       i < n; ++i) {
+    own_function_modes_.push_back(PythonTorchFunctionTLS::pop_stack());
+  }
+  for (auto i = own_modes_begin<TorchDispatchModeTLS>(infra_modes(), state.dispatch_modes_),
+            n = TorchDispatchModeTLS::stack_len();
+       i < n; ++i) {
+    own_dispatch_modes_.push_back(TorchDispatchModeTLS::pop_stack());
+  }
+}
+
+// Note [Cached casts]
+void AmbientScope::begin_autocast(const AmbientState& state, bool inside_fn) {
+  outer_nesting_ = autocast_nesting();
+  // Threads of a backward inside of a context are in none themselves.
+  int nesting = state.inside_autocast_ ? std::max(outer_nesting_, 1) : 0;
+  auto wanted = state.autocast_;
+  const bool shares_casts =
+      state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
+  if (!shares_casts) {
+    // Autocast may be on without a context.
+    const bool has_casts = outer_nesting_ > 0 || outer_autocast_.enabled != 0;
+    if (has_casts && inside_fn) {
+      wanted.cache = false;
+      nesting = std::max(outer_nesting_, 1);
+    } else {
+      clears_casts_ = has_casts || state.inside_autocast_ || state.autocast_.enabled != 0;
+      if (has_casts) {
+        empty_cast_cache();
+      }
+    }
+  }
+  set_autocast_nesting(nesting);
+  wanted.apply(outer_autocast_);
+}
+
 AmbientScope::~AmbientScope() {
   if (!active_) {
     return;
@@ -183,9 +255,16 @@ AmbientScope::~AmbientScope() {
   for (; function_modes_ > 0; --function_modes_) {
     PythonTorchFunctionTLS::pop_stack();
   }
+  while (!own_dispatch_modes_.empty()) {
+    TorchDispatchModeTLS::push_non_infra_mode_onto_stack(own_dispatch_modes_.pop_back_val());
+  }
+  while (!own_function_modes_.empty()) {
+    PythonTorchFunctionTLS::push_onto_stack(own_function_modes_.pop_back_val());
+  }
   outer_autocast_.apply(AutocastState::current());
-  if (autocast_nested_ && at::autocast::decrement_nesting() == 0) {
-    at::autocast::clear_cache();
+  set_autocast_nesting(outer_nesting_);
+  if (clears_casts_) {
+    empty_cast_cache();
   }
   if (const auto& now = TorchFlags::current(); now != outer_flags_) {
     outer_flags_->apply(*now);

@@ -8,6 +8,8 @@
 //                   not called again: re-entering a mode object would overwrite what its
 //                   own __exit__ restores. Modes that are active around the replay stay:
 //                   they are observers (profilers, counters) who want to see it.
+//                   But those that fn itself has entered before a backward inside of it
+//                   are not around the replay, which enters them again.
 //   default device  is a TorchFunction mode of torch's. One that is active around the
 //                   replay alone is no observer: the CPU's is pushed on top of it.
 //   settings        of the process (torch_flags.h)
@@ -71,16 +73,19 @@ class AmbientState {
 
   std::shared_ptr<const TorchFlags> flags_;  // null: nothing was noted
   bool has_default_device_ = false;
+  bool inside_autocast_ = false;  // in a context of autocast, be it on or off
+  at::Tensor cast_cache_;         // which one that was, see cast_cache.h
   AutocastState autocast_;
   // Strong references, dropped with the segment; outermost first.
   c10::SmallVector<FunctionMode, 0> function_modes_;
   c10::SmallVector<DispatchMode, 0> dispatch_modes_;
 };
 
-// Puts a state in force for a scope.
+// Puts a state in force for a scope. `inside_fn`: the forward that began in this state is
+// still running, and what it has entered since is set aside.
 class AmbientScope {
  public:
-  explicit AmbientScope(const AmbientState& state);
+  explicit AmbientScope(const AmbientState& state, bool inside_fn = false);
   ~AmbientScope();
   AmbientScope(const AmbientScope&) = delete;
   AmbientScope& operator=(const AmbientScope&) = delete;
@@ -89,9 +94,16 @@ class AmbientScope {
   bool active_;
   std::shared_ptr<const TorchFlags> outer_flags_;
   AutocastState outer_autocast_;
-  bool autocast_nested_ = false;
+  bool clears_casts_ = false;
+  int outer_nesting_ = 0;   // of contexts of autocast
   int function_modes_ = 0;  // how many were pushed
   int dispatch_modes_ = 0;
+  // fn's own, innermost first.
+  c10::SmallVector<AmbientState::FunctionMode, 0> own_function_modes_;
+  c10::SmallVector<AmbientState::DispatchMode, 0> own_dispatch_modes_;
+
+  void set_own_modes_aside(const AmbientState& state);
+  void begin_autocast(const AmbientState& state, bool inside_fn);
 };
 
 }  // namespace reprise

@@ -126,7 +126,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   std::vector<at::Tensor> outputs;
   std::string rng_differs;
   {
-    ReplayScope scope(*segment);
+    ReplayScope scope(*segment, /*inside_fn=*/false);
     outputs = segment->program().run_for_outputs(std::move(inputs));
     rng_differs = scope.check_generators(/*stopped_early=*/false);
   }

@@ -64,7 +64,7 @@ void Replay::run(Segment& segment) {
   stop_where_others_do(segment);
   std::string rng_differs;
   {
-    ReplayScope scope(segment);
+    ReplayScope scope(segment, /*inside_fn=*/!forward_was_done_);
     const InterpreterHeld held;  // once for fn and for the pair around it
     compat::HookScope hooks(host().make_hook_pair(
         c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),

@@ -40,10 +40,11 @@ class ProfilerRanges {
 
 class ReplayScope {
  public:
-  explicit ReplayScope(Segment& segment)
+  // `inside_fn`: for a backward inside of fn, whose forward is still running.
+  ReplayScope(Segment& segment, bool inside_fn)
       : segment_(checked(segment)),
         generators_(rewind(segment)),
-        ambient_(segment.ambient()),
+        ambient_(segment.ambient(), inside_fn),
         state_(segment.reached()) {}
   ReplayScope(const ReplayScope&) = delete;
   ReplayScope& operator=(const ReplayScope&) = delete;

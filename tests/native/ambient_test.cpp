@@ -2,7 +2,9 @@
 #include <ATen/ATen.h>
 
 #include "ambient/ambient_state.h"
+#include "ambient/cast_cache.h"
 #include "check.h"
+#include "test_host.h"
 
 namespace autocast = at::autocast;
 using reprise::AmbientScope;
@@ -10,6 +12,7 @@ using reprise::AmbientState;
 using reprise::AutocastState;
 
 TEST(autocast_is_restored_and_put_back) {
+  TestHost::install();
   autocast::set_autocast_enabled(at::kCPU, true);
   autocast::set_autocast_dtype(at::kCPU, at::kHalf);
   autocast::set_autocast_cache_enabled(false);
@@ -29,6 +32,7 @@ TEST(autocast_is_restored_and_put_back) {
 }
 
 TEST(autocast_that_is_on_now_is_off_in_a_scope_that_had_none) {
+  TestHost::install();
   const auto inside = AmbientState::capture();
   autocast::set_autocast_enabled(at::kCPU, true);
   const auto outer = AutocastState::current();
@@ -42,6 +46,7 @@ TEST(autocast_that_is_on_now_is_off_in_a_scope_that_had_none) {
 }
 
 TEST(casts_that_a_scope_cached_do_not_outlive_it) {
+  TestHost::install();
   autocast::set_autocast_enabled(at::kCPU, true);
   const auto inside = AmbientState::capture();
   autocast::set_autocast_enabled(at::kCPU, false);
@@ -53,6 +58,56 @@ TEST(casts_that_a_scope_cached_do_not_outlive_it) {
     EXPECT(weight.use_count() > held);  // the cache keeps the weight it cast
   }
   EXPECT_EQ(weight.use_count(), held);
+}
+
+TEST(the_mark_of_the_cache_lasts_as_long_as_what_is_cached) {
+  TestHost::install();
+  autocast::increment_nesting();
+  const auto first = reprise::mark_of_cast_cache();
+  EXPECT(first.defined());
+  EXPECT(first.is_same(reprise::mark_of_cast_cache()));
+  reprise::empty_cast_cache();
+  const auto second = reprise::mark_of_cast_cache();
+  EXPECT(second.defined());
+  EXPECT(!second.is_same(first));
+  autocast::set_autocast_cache_enabled(false);
+  EXPECT(!reprise::mark_of_cast_cache().defined());
+  autocast::set_autocast_cache_enabled(true);
+  EXPECT_EQ(autocast::decrement_nesting(), 0);
+  reprise::empty_cast_cache();
+}
+
+TEST(a_scope_in_the_context_of_its_forward_keeps_its_casts) {
+  TestHost::install();
+  autocast::increment_nesting();
+  autocast::set_autocast_enabled(at::kCPU, true);
+  const auto inside = AmbientState::capture();
+  auto weight = at::ones({2, 2}).set_requires_grad(true);
+  at::matmul(weight, weight);
+  const auto cached = weight.use_count();
+  {
+    const AmbientScope scope(inside);
+  }
+  EXPECT_EQ(weight.use_count(), cached);
+  autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(autocast::decrement_nesting(), 0);
+  reprise::empty_cast_cache();  // the context ends
+
+  autocast::increment_nesting();  // another one
+  autocast::set_autocast_enabled(at::kCPU, true);
+  const auto held = weight.use_count();
+  at::matmul(weight, weight);
+  EXPECT(weight.use_count() > held);
+  {
+    const AmbientScope scope(inside);
+    EXPECT_EQ(weight.use_count(), held);
+    at::matmul(weight, weight);
+    EXPECT(weight.use_count() > held);
+  }
+  EXPECT_EQ(weight.use_count(), held);
+  EXPECT_EQ(reprise::autocast_nesting(), 1);
+  autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(autocast::decrement_nesting(), 0);
 }
 
 TEST_MAIN()
