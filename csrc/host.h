@@ -58,8 +58,8 @@ class Host {
   // "file.py:12 in forward", or an empty string.
   virtual std::string describe(const SourceLocation& where) = 0;
 
-  // Takes the interpreter lock, which this thread may hold already; what it returns
-  // is for release_acquired(). Around several calls of this interface that need it.
+  // Takes the interpreter lock, which this thread may hold already, if the interpreter has
+  // not ended; what it returns is for release_acquired(). Around several things that need it.
   virtual int acquire_interpreter() noexcept = 0;
   virtual void release_acquired(int token) noexcept = 0;
 

@@ -124,10 +124,11 @@ const std::string* hooks_disabled_message() {
   return message.has_value() ? &*message : nullptr;
 }
 
-HookScope::HookScope(HookPair pair)
-    : depth_(at::SavedTensorDefaultHooks::get_tls_state().stack.size()) {
-  if (hooks_disabled_message() != nullptr) {
-    outer_ = at::SavedTensorDefaultHooks::get_tls_state();
+HookScope::HookScope(HookPair pair) {
+  const auto& state = at::SavedTensorDefaultHooks::get_tls_state();
+  depth_ = state.stack.size();
+  if (state.disabled_error_message.has_value()) {
+    outer_ = state;
     at::SavedTensorDefaultHooks::enable();
   }
   at::SavedTensorDefaultHooks::push_hooks(std::move(pair.first), std::move(pair.second));
@@ -140,7 +141,8 @@ HookScope::~HookScope() {
     at::SavedTensorDefaultHooks::set_tls_state(*outer_);
     return;
   }
-  while (at::SavedTensorDefaultHooks::get_tls_state().stack.size() > depth_) {
+  const auto& state = at::SavedTensorDefaultHooks::get_tls_state();  // this thread's, in place
+  while (state.stack.size() > depth_) {
     host().take_back(at::SavedTensorDefaultHooks::pop_hooks());
   }
 }

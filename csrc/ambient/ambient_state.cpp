@@ -5,6 +5,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "ambient/cast_cache.h"
 #include "host.h"
@@ -20,20 +21,23 @@ namespace {
 // nothing while its autocast is off. A backend brings a guard; it may come later.
 bool may_compute(c10::DeviceType type) { return c10::impl::hasDeviceGuardImpl(type); }
 
-struct AutocastDevice {
-  c10::DeviceType type;
-  c10::DispatchKeySet keys;  // excluded while its autocast is off
+struct AutocastDevices {
+  std::array<c10::DeviceType, kAutocastDevices> types;
+  std::array<c10::DispatchKeySet, kAutocastDevices> keys;  // excluded while autocast is off
+  c10::DispatchKeySet all_keys;
 };
 
 // Two calls into torch per device type and segment would cost more than the rest
 // of what is noted, and most of the ten types are of backends that are not there.
-const std::array<AutocastDevice, kAutocastDevices>& autocast_devices() {
+const AutocastDevices& autocast_devices() {
   static const auto devices = [] {
-    std::array<AutocastDevice, kAutocastDevices> found{};
-    for (size_t i = 0; i < found.size(); ++i) {
+    AutocastDevices found;
+    for (size_t i = 0; i < kAutocastDevices; ++i) {
       const auto type = at::autocast::_AUTOCAST_SUPPORTED_DEVICES[i];
-      found[i] = {type, c10::DispatchKeySet(
-                            at::autocast::get_autocast_dispatch_key_from_device_type(type))};
+      found.types[i] = type;
+      found.keys[i] =
+          c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(type));
+      found.all_keys = found.all_keys | found.keys[i];
     }
     return found;
   }();
@@ -42,20 +46,39 @@ const std::array<AutocastDevice, kAutocastDevices>& autocast_devices() {
 
 }  // namespace
 
-AutocastState AutocastState::current() {
+AutocastState AutocastState::of(uint32_t noted) {
   AutocastState state;
-  const auto& devices = autocast_devices();
+  const AutocastDevices& devices = autocast_devices();
   // is_autocast_enabled() asks whether the key is excluded: once for all of them.
   const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
-  for (size_t i = 0; i < devices.size(); ++i) {
-    const bool on = !excluded.has_all(devices[i].keys);
-    state.enabled |= on ? 1u << i : 0u;
-    if (on || may_compute(devices[i].type)) {
-      state.dtypes[i] = at::autocast::get_autocast_dtype(devices[i].type);
+  if (!excluded.has_all(devices.all_keys)) {
+    for (size_t i = 0; i < kAutocastDevices; ++i) {
+      state.enabled |= excluded.has_all(devices.keys[i]) ? 0 : 1u << i;
     }
+  }
+  for (uint32_t left = noted | state.enabled; left != 0; left &= left - 1) {
+    const auto i = static_cast<size_t>(std::countr_zero(left));
+    state.dtypes[i] = at::autocast::get_autocast_dtype(devices.types[i]);
   }
   state.cache = at::autocast::is_autocast_cache_enabled();
   return state;
+}
+
+AutocastState AutocastState::current() {
+  const AutocastDevices& devices = autocast_devices();
+  uint32_t noted = 0;
+  for (size_t i = 0; i < kAutocastDevices; ++i) {
+    noted |= may_compute(devices.types[i]) ? 1u << i : 0u;
+  }
+  return of(noted);
+}
+
+AutocastState AutocastState::counterpart() const {
+  uint32_t noted = 0;
+  for (size_t i = 0; i < kAutocastDevices; ++i) {
+    noted |= dtypes[i] != at::ScalarType::Undefined ? 1u << i : 0u;
+  }
+  return of(noted);
 }
 
 void AutocastState::apply(const AutocastState& now) const {
@@ -63,14 +86,14 @@ void AutocastState::apply(const AutocastState& now) const {
     return;
   }
   const auto& devices = autocast_devices();
-  for (size_t i = 0; i < devices.size(); ++i) {
+  for (size_t i = 0; i < kAutocastDevices; ++i) {
     const auto bit = 1u << i;
     if ((enabled & bit) != (now.enabled & bit)) {
-      at::autocast::set_autocast_enabled(devices[i].type, (enabled & bit) != 0);
+      at::autocast::set_autocast_enabled(devices.types[i], (enabled & bit) != 0);
     }
     // Undefined: it was not worth noting.
     if (dtypes[i] != now.dtypes[i] && dtypes[i] != at::ScalarType::Undefined) {
-      at::autocast::set_autocast_dtype(devices[i].type, dtypes[i]);
+      at::autocast::set_autocast_dtype(devices.types[i], dtypes[i]);
     }
   }
   if (cache != now.cache) {
@@ -184,7 +207,7 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
     set_own_modes_aside(state);
   }
   outer_flags_ = TorchFlags::current();
-  outer_autocast_ = AutocastState::current();
+  outer_autocast_ = state.autocast_.counterpart();
   if (state.flags_ != outer_flags_) {
     state.flags_->apply(*outer_flags_);
   }
@@ -261,7 +284,7 @@ AmbientScope::~AmbientScope() {
   while (!own_function_modes_.empty()) {
     PythonTorchFunctionTLS::push_onto_stack(own_function_modes_.pop_back_val());
   }
-  outer_autocast_.apply(AutocastState::current());
+  outer_autocast_.apply(outer_autocast_.counterpart());
   set_autocast_nesting(outer_nesting_);
   if (clears_casts_) {
     empty_cast_cache();

@@ -42,11 +42,14 @@ struct AutocastState {
   std::array<at::ScalarType, kAutocastDevices> dtypes = undefined();
 
   static AutocastState current();
+  // The same, to be compared with `this`: dtypes of the same devices.
+  AutocastState counterpart() const;
   // Sets what differs from `now`, the current state.
   void apply(const AutocastState& now) const;
   bool operator==(const AutocastState&) const = default;
 
  private:
+  static AutocastState of(uint32_t devices);  // by bits, those that are on as well
   static constexpr std::array<at::ScalarType, kAutocastDevices> undefined() {
     std::array<at::ScalarType, kAutocastDevices> all{};
     all.fill(at::ScalarType::Undefined);

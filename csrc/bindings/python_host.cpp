@@ -166,10 +166,14 @@ class PythonHost final : public Host {
 
   std::string describe(const SourceLocation& where) override { return bindings::describe(where); }
 
-  int acquire_interpreter() noexcept override { return PyGILState_Ensure(); }
+  int acquire_interpreter() noexcept override {
+    return Py_IsInitialized() != 0 ? static_cast<int>(PyGILState_Ensure()) : kNoInterpreter;
+  }
 
   void release_acquired(int token) noexcept override {
-    PyGILState_Release(static_cast<PyGILState_STATE>(token));
+    if (token != kNoInterpreter) {
+      PyGILState_Release(static_cast<PyGILState_STATE>(token));
+    }
   }
 
   void* release_interpreter() noexcept override {
@@ -277,6 +281,8 @@ class PythonHost final : public Host {
     return Py_TYPE(pack_hook) == &g_hook_pack_type ? reinterpret_cast<HookPack*>(pack_hook)
                                                    : nullptr;
   }
+
+  static constexpr int kNoInterpreter = -1;
 
   // As many as segments are nested, on all threads. Guarded by the interpreter lock.
   static constexpr size_t kMostIdlePairs = 16;

@@ -142,7 +142,7 @@ class Replay final : public c10::intrusive_ptr_target {
   compat::ReplayKey key_;
   bool keep_;
   std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
-  std::vector<at::Tensor> values_;          // by slot; undefined: not filled or handed over
+  c10::SmallVector<at::Tensor, 4> values_;  // by slot; undefined: not filled or handed over
   std::shared_ptr<Timeline> holder_;        // where that is noted; nearly always null
 
   // Is the operator that saves slot `index` as good as done? `tensor`: what it
@@ -164,7 +164,7 @@ class Replay final : public c10::intrusive_ptr_target {
   std::vector<HandedOver> handed_over_;
 
   // The current run.
-  std::vector<bool> wanted_;  // by slot
+  c10::SmallVector<bool, 32> wanted_;  // by slot
   int64_t last_wanted_ = -1;  // early stop after this one
   uint32_t cursor_ = 0;       // tensors offered so far
   // The autograd node that the last tensors were offered for, by the number of

@@ -106,9 +106,10 @@ void Segment::drop() noexcept {
       holder_->drop(storage);
     }
   }
-  inputs_.clear();
   stash_ = RngSnapshot();
   reached_ = ReachedState();
+  const InterpreterHeld held;  // once for all objects that are let go
+  inputs_.clear();
   ambient_ = AmbientState();
   program_.reset();
 }
@@ -207,7 +208,7 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   std::unique_lock<std::mutex> lock(mutex_);
   note_device(slot.device);
   slot.first_size = static_cast<uint32_t>(sizes_.size());
-  sizes_.insert(sizes_.end(), sizes.begin(), sizes.end());
+  sizes_.append(sizes.begin(), sizes.end());
   slots_.push_back(std::move(slot));
   ++live_;
   bytes_not_saved_ += bytes;
@@ -455,7 +456,7 @@ std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::Repl
       continue;
     }
     taken.push_back(std::move(replays_[i]));
-    replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
+    replays_.erase(replays_.begin() + i);
     if (timeline_) {
       timeline_->end_backward();
     }
@@ -512,7 +513,7 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
     for (size_t i = replays_.size(); i-- > 0;) {
       if (replays_[i].get() == replay.get()) {
         dropped.push_back(std::move(replays_[i]));
-        replays_.erase(replays_.begin() + static_cast<std::ptrdiff_t>(i));
+        replays_.erase(replays_.begin() + i);
       }
     }
   }

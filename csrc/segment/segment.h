@@ -30,6 +30,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Storage.h>
+#include <c10/util/SmallVector.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -228,7 +229,7 @@ class Segment final : public c10::intrusive_ptr_target {
     bool has_history = false;     // fn must not change it in place
     bool changed_inside = false;  // it did
   };
-  std::vector<Input> inputs_;
+  c10::SmallVector<Input, 1> inputs_;
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
   c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
 
@@ -242,14 +243,15 @@ class Segment final : public c10::intrusive_ptr_target {
   mutable std::mutex mutex_;
   std::condition_variable replay_done_;
   // Guarded by mutex_.
-  std::vector<Slot> slots_;
-  std::vector<int64_t> sizes_;                         // of all slots, see Slot::first_size
+  // Of small segments without memory of their own, as most are where there are many.
+  c10::SmallVector<Slot, 1> slots_;
+  c10::SmallVector<int64_t, 4> sizes_;                 // of all slots, see Slot::first_size
   std::vector<std::optional<uint64_t>> fingerprints_;  // by slot; empty unless checked
   uint32_t live_ = 0;
   bool forward_done_ = false;
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
-  std::vector<c10::intrusive_ptr<Replay>> replays_;  // nearly always none or one
+  c10::SmallVector<c10::intrusive_ptr<Replay>, 1> replays_;  // nearly always none or one
 
   // The ledger's list of live segments; guarded by the ledger's mutex.
   Segment* ledger_previous_ = nullptr;

@@ -12,7 +12,7 @@ bool has_plain_sizes(const at::Tensor& tensor) {
   return !impl->is_nested() && !impl->has_symbolic_sizes_strides() && !impl->is_python_dispatch();
 }
 
-bool Slot::matches(const at::Tensor& tensor, const std::vector<int64_t>& all_sizes) const {
+bool Slot::matches(const at::Tensor& tensor, c10::IntArrayRef all_sizes) const {
   const auto sizes = tensor.sizes();
   return dtype == tensor.scalar_type() && device == tensor.device() && dim == sizes.size() &&
          std::equal(sizes.begin(), sizes.end(), all_sizes.begin() + first_size);
@@ -37,11 +37,12 @@ TensorMeta TensorMeta::of(const at::Tensor& tensor) {
   return meta;
 }
 
-TensorMeta TensorMeta::of(const Slot& slot, const std::vector<int64_t>& sizes) {
+TensorMeta TensorMeta::of(const Slot& slot, c10::IntArrayRef sizes) {
   TensorMeta meta;
   meta.dtype = slot.dtype;
   meta.device = slot.device;
-  meta.sizes.assign(sizes.begin() + slot.first_size, sizes.begin() + slot.first_size + slot.dim);
+  const auto own = sizes.slice(slot.first_size, slot.dim);
+  meta.sizes.assign(own.begin(), own.end());
   return meta;
 }
 

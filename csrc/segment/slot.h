@@ -40,7 +40,7 @@ struct Slot {
 
   // Is `tensor` what the slot was made from, as far as TensorMeta tells? For tensors
   // whose sizes are a plain list; `sizes`: of all slots.
-  bool matches(const at::Tensor& tensor, const std::vector<int64_t>& sizes) const;
+  bool matches(const at::Tensor& tensor, c10::IntArrayRef sizes) const;
 };
 
 // Are the tensor's sizes a plain list of numbers, to be read without running code of
@@ -53,7 +53,7 @@ struct TensorMeta {
   c10::Device device = c10::Device(c10::kCPU);
 
   static TensorMeta of(const at::Tensor& tensor);
-  static TensorMeta of(const Slot& slot, const std::vector<int64_t>& sizes);
+  static TensorMeta of(const Slot& slot, c10::IntArrayRef sizes);
   bool operator==(const TensorMeta& other) const;
   std::string describe() const;  // "float32 [4, 8] on cpu"
 };
