@@ -11,6 +11,8 @@
 #include <unordered_set>
 #include <utility>
 
+#include "bindings/module_memo.h"
+
 namespace reprise::bindings {
 namespace {
 
@@ -163,11 +165,14 @@ class Search {
   // `certain`: fn uses it, so that a change of it before the replay is an error. Of a
   // container fn may use one element of many.
   void value(PyObject* object, PyObject* name, bool certain) {
-    if (PyList_CheckExact(object) || PyTuple_CheckExact(object)) {
+    if (memo_ != nullptr && PyList_CheckExact(object)) {
+      memo_->leave({object, name, certain});
+    } else if (PyList_CheckExact(object) || PyTuple_CheckExact(object)) {
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
         item(PySequence_Fast_GET_ITEM(object, i), name, false);
       }
     } else if (PyDict_CheckExact(object)) {
+      watch(nullptr, object);
       PyObject *key = nullptr, *entry = nullptr;
       for (Py_ssize_t position = 0; PyDict_Next(object, &position, &key, &entry) != 0;) {
         item(entry, name, false);
@@ -180,12 +185,16 @@ class Search {
   void item(PyObject* object, PyObject* name, bool certain) {
     switch (kind_of(object)) {
       case Kind::kOther:
-        if (into_functions_ && PyFunction_Check(object) && is_new(object)) {
-          function(object);  // which the callable may call
+        if (into_functions_ && PyFunction_Check(object)) {  // which the callable may call
+          if (memo_ != nullptr) {
+            memo_->leave({object, name, certain});
+          } else if (is_new(object)) {
+            function(object);
+          }
         }
         return;
       case Kind::kGenerator:
-        reach_.generators.push_back(*as_generator(object));
+        generator(object);
         return;
       case Kind::kTensor:
         tensor(object, name, nullptr, true, certain, false);
@@ -193,6 +202,13 @@ class Search {
       case Kind::kModule:
         module(object, certain && has_forward_of_its_own(object));
         return;
+    }
+  }
+
+  void generator(PyObject* object) {
+    reach_.generators.push_back(*as_generator(object));
+    if (memo_ != nullptr) {
+      memo_->add_generator(object);
     }
   }
 
@@ -208,16 +224,21 @@ class Search {
     if (sought_ != nullptr && tensor.unsafeGetTensorImpl() == sought_ && found_.empty()) {
       describe(name, owner);
     }
-    if (tensor.requires_grad()) {
-      if (certain) {
-        reach_.tensors.push_back({&tensor, Reached::Role::kFixed, true, true, false});
-      }
-      return;
+    Reached reached{&tensor, Reached::Role::kFixed, true, true, false};
+    const bool requires_grad = tensor.requires_grad();
+    if (!requires_grad) {
+      const Names& names = Names::get();
+      const bool running = is_buffer && (name == names.running_mean || name == names.running_var);
+      reached = {&tensor, running ? Reached::Role::kRunning : Reached::Role::kState, certain,
+                 training, is_buffer};
     }
-    const Names& names = Names::get();
-    const bool running = is_buffer && (name == names.running_mean || name == names.running_var);
-    reach_.tensors.push_back({&tensor, running ? Reached::Role::kRunning : Reached::Role::kState,
-                              certain, training, is_buffer});
+    const bool counts = !requires_grad || certain;
+    if (counts) {
+      reach_.tensors.push_back(reached);
+    }
+    if (memo_ != nullptr) {
+      memo_->add_tensor(object, reached, requires_grad, counts);
+    }
   }
 
   void describe(PyObject* name, PyObject* owner) {
@@ -285,6 +306,9 @@ class Search {
 
   // True the first time an object is met.
   bool is_new(PyObject* object) {
+    if (known_ != nullptr && known_->has_seen(object)) {
+      return false;
+    }
     if (!many_seen_.empty()) {
       return many_seen_.insert(object).second;
     }
@@ -325,29 +349,81 @@ class Search {
     if (!dict || !is_new(object)) {
       return;
     }
+    watch(object, dict.get());
     PyObject *key = nullptr, *entry = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(dict.get(), &position, &key, &entry) != 0;) {
       value(entry, key, certain);
     }
   }
 
-  // The attributes of a module, and its submodules.
+  void watch(PyObject* owner, PyObject* dict) {
+    if (memo_ != nullptr) {
+      memo_->watch(owner, dict);
+    }
+  }
+
+  // A module, from what is known of it. Of the first that is met alone: what is known of
+  // another one may be of modules that were met before.
   void module(PyObject* object, bool certain) {
+    const bool is_first = seen_.empty() && many_seen_.empty() && known_ == nullptr;
+    if (!ModuleMemo::kPossible || sought_ != nullptr || memo_ != nullptr || !is_first) {
+      search_module(object, certain);
+      return;
+    }
+    ModuleMemo& memo = ModuleMemo::of(object);
+    const ModuleMemo::How how{certain, into_functions_};
+    if (memo.still_holds(how)) {
+      memo.visit_tensors([this](const Reached& reached) { reach_.tensors.push_back(reached); });
+      for (const auto& [module, training] : memo.modules()) {
+        reach_.modules.push_back({Ref::borrow(module), training});
+      }
+      for (PyObject* found : memo.generators()) {
+        generator(found);
+      }
+    } else if (memo.is_of_use()) {
+      memo.begin(how);
+      memo_ = &memo;
+      search_module(object, certain);
+      memo_ = nullptr;
+      std::vector<PyObject*> seen(many_seen_.begin(), many_seen_.end());
+      if (seen.empty()) {
+        seen.assign(seen_.begin(), seen_.end());
+      }
+      memo.end(std::move(seen));
+    } else {
+      search_module(object, certain);
+      return;
+    }
+    known_ = &memo;
+    for (const auto& [left, name, left_certain] : memo.unversioned()) {
+      value(left, name, left_certain);
+    }
+  }
+
+  // The attributes of a module, and its submodules.
+  void search_module(PyObject* object, bool certain) {
     const Ref dict = dict_of(object);
     if (!dict || !is_new(object)) {
       return;
     }
+    watch(object, dict.get());
     const Names& names = Names::get();
     PyObject* mode = PyDict_GetItem(dict.get(), names.training);
     const bool training = mode != Py_False;
     if (mode != nullptr) {
       reach_.modules.push_back({Ref::borrow(object), training});
+      if (memo_ != nullptr) {
+        memo_->add_module(object, training);
+      }
     }
     PyObject *key = nullptr, *entry = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(dict.get(), &position, &key, &entry) != 0;) {
       if (!PyDict_CheckExact(entry)) {
         value(entry, key, certain);
-      } else if (key == names.parameters || key == names.buffers) {
+        continue;
+      }
+      watch(nullptr, entry);
+      if (key == names.parameters || key == names.buffers) {
         tensors_of(entry, object, training, certain, key == names.buffers, nullptr);
       } else if (key == names.modules) {
         PyObject *name = nullptr, *submodule = nullptr;
@@ -415,6 +491,8 @@ class Search {
   const c10::TensorImpl* sought_;
   std::string found_;
   bool into_functions_ = true;
+  ModuleMemo* memo_ = nullptr;         // is being written
+  const ModuleMemo* known_ = nullptr;  // what it has seen has been met
   // A block has tens of modules, which a list is best for; a whole model has thousands.
   static constexpr size_t kFew = 32;
   c10::SmallVector<PyObject*, kFew> seen_;

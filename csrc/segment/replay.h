@@ -165,8 +165,8 @@ class Replay final : public c10::intrusive_ptr_target {
 
   // The current run.
   c10::SmallVector<bool, 32> wanted_;  // by slot
-  int64_t last_wanted_ = -1;  // early stop after this one
-  uint32_t cursor_ = 0;       // tensors offered so far
+  int64_t last_wanted_ = -1;           // early stop after this one
+  uint32_t cursor_ = 0;                // tensors offered so far
   // The autograd node that the last tensors were offered for, by the number of
   // nodes made on this thread, and the first of these tensors.
   uint64_t operator_ = 0;

@@ -1,0 +1,109 @@
+// What a search through a module and its submodules found, kept for the next one.
+//
+// A block has some ten modules with five dicts each, and a checkpointed block is searched
+// at every call. CPython (3.10, 3.11) gives a dict another version, which it does not use
+// twice, with every change. So a search is over when the versions of the dicts that the
+// last one read are what they were. What has no version (lists, functions with their
+// closures) is looked at each time. Later versions of CPython have no such number for
+// extensions: there every search is a search.
+//
+// No references are held: an unchanged dict keeps what the memo points to. Dicts are
+// compared in the order in which they were met, a dict before what lies in it, so that
+// nothing is read that may be gone. All with the interpreter lock.
+#pragma once
+
+#include <Python.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "effects/reached_state.h"
+
+namespace reprise::bindings {
+
+class ModuleMemo {
+ public:
+#if PY_VERSION_HEX < 0x030C0000
+  static constexpr bool kPossible = true;
+#else
+  static constexpr bool kPossible = false;
+#endif
+
+  // Of this module; one that holds nothing if there is none yet. Valid until the next call.
+  static ModuleMemo& of(PyObject* module);
+
+  // What a search depends on besides dicts.
+  struct How {
+    bool certain;         // see Reached::checked
+    bool into_functions;  // whether it looks into functions that it meets
+    bool operator==(const How&) const = default;
+  };
+
+  // --- while a search writes it down ---
+  void begin(How how);
+  // The search reads a dict; `owner`: whose attributes it is, or null.
+  void watch(PyObject* owner, PyObject* dict);
+  // Not `found`: it would be if it did not require grad.
+  void add_tensor(PyObject* tensor, const Reached& reached, bool requires_grad, bool found);
+  void add_module(PyObject* module, bool training) { modules_.emplace_back(module, training); }
+  void add_generator(PyObject* generator) { generators_.push_back(generator); }
+  struct Unversioned {
+    PyObject* object;
+    PyObject* name;  // may be null
+    bool certain;
+  };
+  void leave(Unversioned object) { unversioned_.push_back(object); }
+  void end(std::vector<PyObject*> seen);
+
+  // --- later ---
+  // Would a search find the same again? Counts how often not.
+  bool still_holds(How how);
+  // Is it worth while to write down what a search finds?
+  bool is_of_use() const { return misses_ < kMostMisses; }
+  template <typename Visit>
+  void visit_tensors(const Visit& visit) const {
+    for (const auto& tensor : tensors_) {
+      if (tensor.found) {
+        Reached reached = tensor.reached;
+        reached.tensor = &THPVariable_Unpack(tensor.object);
+        visit(reached);
+      }
+    }
+  }
+  const std::vector<std::pair<PyObject*, bool>>& modules() const { return modules_; }
+  const std::vector<PyObject*>& generators() const { return generators_; }
+  const std::vector<Unversioned>& unversioned() const { return unversioned_; }
+  bool has_seen(PyObject* object) const;
+
+ private:
+  struct Watched {
+    PyObject* owner;
+    PyTypeObject* type;  // of the owner
+    PyObject* dict;
+    uint64_t version;
+  };
+  struct Tensor {
+    PyObject* object;
+    Reached reached;  // without the tensor
+    bool requires_grad;
+    bool found;
+  };
+  // In a row, of a module whose forward sets attributes.
+  static constexpr int kMostMisses = 8;
+
+  bool holds(How how) const;
+
+  bool complete_ = false;
+  How how_{};
+  int misses_ = 0;
+  std::vector<Watched> watched_;
+  std::vector<Tensor> tensors_;
+  std::vector<std::pair<PyObject*, bool>> modules_;
+  std::vector<PyObject*> generators_;
+  std::vector<Unversioned> unversioned_;
+  std::vector<PyObject*> seen_;  // sorted
+};
+
+}  // namespace reprise::bindings

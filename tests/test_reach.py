@@ -1,0 +1,212 @@
+"""What a module reaches is found again after it has changed, however often it was found before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Run, assert_exact, both_forms, grads, leaf
+from torch import Tensor, nn
+
+from torch_reprise import CheckpointError, checkpoint
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Counter(nn.Module):
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+        return x * (1 + self.count)
+
+
+class Everything(nn.Module):
+    """Draws from and changes what it reaches in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.parts = nn.ModuleList([Counter()])
+        self.generator = generator(2)
+        self.listed = [generator(3)]
+        self.named = {"a": generator(4)}
+        inside = generator(5)
+
+        def draw(other: torch.Generator | None = None) -> Tensor:
+            nonlocal inside
+            inside = inside if other is None else other
+            return torch.rand(4, generator=inside)
+
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.scale.requires_grad:
+            with torch.no_grad():
+                self.scale += 1
+        x = self.linear(x) * (self.scale + 0)
+        for part in self.parts:
+            x = part(x).sin()
+        for drawn_from in (self.generator, *self.listed, *self.named.values()):
+            x = (x + torch.rand(4, generator=drawn_from)).sin()
+        return (x * self.draw()).tanh()
+
+
+def with_list(module: Everything) -> None:
+    module.listed.append(generator(11))
+
+
+def with_dict(module: Everything) -> None:
+    module.named["b"] = generator(12)
+
+
+def with_generator(module: Everything) -> None:
+    module.generator = generator(13)
+
+
+def with_closure(module: Everything) -> None:
+    module.draw(generator(15))
+
+
+def with_buffer(module: Everything) -> None:
+    counter = module.parts[0]
+    assert isinstance(counter, Counter)
+    counter.count = torch.full((), 7.0)
+
+
+def with_submodule(module: Everything) -> None:
+    module.parts.append(nn.Sequential(Counter(), nn.BatchNorm1d(4)))
+
+
+def without_submodule(module: Everything) -> None:
+    module.parts[0] = nn.BatchNorm1d(4)
+
+
+def in_evaluation(module: Everything) -> None:
+    module.eval()
+
+
+def frozen(module: Everything) -> None:
+    module.scale.requires_grad_(False)
+
+
+def with_parameter(module: Everything) -> None:
+    module.linear.weight = nn.Parameter(torch.eye(4))
+
+
+def with_attributes(module: Everything) -> None:
+    module.__dict__ = {**vars(module), "generator": generator(16)}
+
+
+CHANGES: list[Callable[[Everything], None]] = [
+    with_list,
+    with_dict,
+    with_generator,
+    with_closure,
+    with_buffer,
+    with_submodule,
+    without_submodule,
+    in_evaluation,
+    frozen,
+    with_parameter,
+    with_attributes,
+]
+
+
+@both_forms
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_seen(change: Callable[[Everything], None], use_reentrant: bool) -> None:
+    def program(run: Run) -> Any:
+        module, x = Everything(), leaf(3, 4)
+        kept: list[Any] = []
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                out = run(module, x)
+                out.sum().backward()
+                kept.extend([out, grads([x, *module.parameters()])])
+                kept.extend(buffer.clone() for buffer in module.buffers())
+
+        steps(3)
+        change(module)
+        steps(2)
+        return kept
+
+    assert_exact(program, use_reentrant=use_reentrant, replays=5)
+
+
+class Restless(nn.Module):
+    """Sets an attribute in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+        self.generator = generator(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.shape
+        return (self.counter(x).sin() * torch.rand(4, generator=self.generator)).sin()
+
+
+def test_a_module_whose_forward_sets_attributes() -> None:
+    def program(run: Run) -> Any:
+        module, x = Restless(), leaf(3, 4)
+        outs = []
+        for _ in range(20):
+            outs.append(run(module, x))
+            outs[-1].sum().backward()
+        module.generator = generator(2)
+        outs.append(run(module, x))
+        outs[-1].sum().backward()
+        return outs, grads([x]), module.counter.count
+
+    assert_exact(program, replays=21)
+
+
+def test_modules_at_an_address_that_was_used_before() -> None:
+    def program(run: Run) -> Any:
+        x, outs = leaf(3, 4), []
+        for seed in range(30):
+            module = Everything()
+            module.generator = generator(seed)
+            outs.append(run(module, x))
+            outs[-1].sum().backward()
+            outs.extend(buffer.clone() for buffer in module.buffers())
+            del module
+        return outs, grads([x])
+
+    assert_exact(program, replays=30)
+
+
+def test_modules_that_share_a_part_count_it_once() -> None:
+    def program(run: Run) -> Any:
+        shared = Counter()
+        first, second = nn.Sequential(shared, nn.Tanh()), nn.Sequential(nn.Tanh(), shared)
+        x, outs = leaf(3, 4), []
+        for _ in range(3):
+            outs.append(run(lambda t: second(first(t)).sin(), x))
+            outs[-1].sum().backward()
+        return outs, grads([x]), shared.count
+
+    assert_exact(program, replays=3)
+
+
+def test_a_changed_parameter_is_named_after_many_calls() -> None:
+    module, x = Everything(), leaf(3, 4)
+    for _ in range(3):
+        checkpoint(module, x, use_reentrant=False).sum().backward()
+    out = checkpoint(module, x, use_reentrant=False)
+    with torch.no_grad():
+        module.scale.mul_(2)
+    with pytest.raises(CheckpointError, match="'scale' of a Everything"):
+        out.sum().backward()
