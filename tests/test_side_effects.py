@@ -75,6 +75,39 @@ class Codebook(nn.Module):
         return torch.tanh(x * chosen)
 
 
+class Replaced(nn.Module):
+    """Gives itself another tensor for a buffer, the first time for one that was not there."""
+
+    mean: Tensor
+    seen: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(3))
+        self.register_buffer("seen", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach().clone() if self.seen is None else self.seen + x.detach()
+        x = x * self.mean + self.seen
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        return (x * self.mean).sin()
+
+
+class Saved(nn.Module):
+    """Backward needs the buffer as it is after the change."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.ones(3))
+        self.register_buffer("again", self.count.view(3))  # shares the counter of versions
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return (x * self.count).sin()
+
+
 def conv_block() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
 
@@ -97,6 +130,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "spectral norm": (spectral, (5, 3)),
     "spectral norm by hooks": (old_spectral, (5, 3)),
     "codebook": (Codebook, (4, 512)),
+    "replaced": (Replaced, (5, 3)),
 }
 
 
@@ -164,6 +198,36 @@ def test_buffers_are_changed_once(
         return results
 
     assert_exact(program, replays=6, use_reentrant=use_reentrant)
+
+
+@both_forms
+def test_a_changed_buffer_that_backward_needs(use_reentrant: bool) -> None:
+    def program(run: Run) -> Any:
+        module, x = Saved(), leaf(4, 3)
+        results = []
+        for _ in range(3):
+            out = run(module, x)
+            out.square().sum().backward()
+            results.append((out, buffers(module)))
+        return results, grads([x])
+
+    assert_exact(program, replays=3, use_reentrant=use_reentrant)
+
+
+@both_forms
+def test_a_buffer_that_was_replaced_is_given_back_also_after_an_error(use_reentrant: bool) -> None:
+    module, x = Replaced(), leaf(4, 3)
+    out = checkpoint(module, x, use_reentrant=use_reentrant, early_stop=False)
+    mean, seen = module.mean, module.seen
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("no")
+
+    module.register_forward_hook(refuse)
+    with pytest.raises(ValueError, match="no"):
+        out.sum().backward()
+    assert module.mean is mean
+    assert module.seen is seen
 
 
 def test_a_buffer_is_the_same_object_with_the_same_version_after_a_replay() -> None:

@@ -85,6 +85,7 @@ Reach reach_of(PyObject* function, PyObject* given, long flags, std::vector<PyOb
   }
   if ((flags & kPreserveState) == 0) {
     reach.modules.clear();
+    reach.buffers.clear();
     reach.tensors.clear();
     others.clear();
   }
@@ -110,7 +111,7 @@ Begun begin_segment(PyObject* function, PyObject* args, PyObject* kwargs, long f
   auto program = std::make_unique<PythonProgram>(function, args, kwargs, replay_context,
                                                  debug_session, inputs, others);
   Reach reach = reach_of(function, generators, flags, others);
-  program->hold(std::move(reach.modules), others, (flags & kAmbientIgnore) == 0);
+  program->hold(reach, others, (flags & kAmbientIgnore) == 0);
   PythonProgram* held = program.get();
   SegmentOptions options = options_of(flags);
   // Selective checkpointing has a check of its own, which can be turned off.
@@ -300,7 +301,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     return PyObject_Call(function, args, kwargs);
   }
   Reach reach = reach_of(function, argv[4], flags, others);
-  program->hold(std::move(reach.modules), others, (flags & kAmbientIgnore) == 0);
+  program->hold(reach, others, (flags & kAmbientIgnore) == 0);
   PythonProgram& held = *program;  // the segment's, from now on
   auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth(),
                                 reach.generators, reach.tensors);

@@ -48,6 +48,14 @@ class ModuleMemo {
   // Not `found`: it would be if it did not require grad.
   void add_tensor(PyObject* tensor, const Reached& reached, bool requires_grad, bool found);
   void add_module(PyObject* module, bool training) { modules_.emplace_back(module, training); }
+  struct Buffer {
+    PyObject* dict;
+    PyObject* name;
+    PyObject* value;
+  };
+  void add_buffer(PyObject* dict, PyObject* name, PyObject* value) {
+    buffers_.push_back({dict, name, value});
+  }
   void add_generator(PyObject* generator) { generators_.push_back(generator); }
   struct Unversioned {
     PyObject* object;
@@ -73,6 +81,7 @@ class ModuleMemo {
     }
   }
   const std::vector<std::pair<PyObject*, bool>>& modules() const { return modules_; }
+  const std::vector<Buffer>& buffers() const { return buffers_; }
   const std::vector<PyObject*>& generators() const { return generators_; }
   const std::vector<Unversioned>& unversioned() const { return unversioned_; }
   bool has_seen(PyObject* object) const;
@@ -101,6 +110,7 @@ class ModuleMemo {
   std::vector<Watched> watched_;
   std::vector<Tensor> tensors_;
   std::vector<std::pair<PyObject*, bool>> modules_;
+  std::vector<Buffer> buffers_;
   std::vector<PyObject*> generators_;
   std::vector<Unversioned> unversioned_;
   std::vector<PyObject*> seen_;  // sorted

@@ -112,6 +112,7 @@ PythonProgram::~PythonProgram() {
     new Ref(std::move(replay_context_));
     new Ref(std::move(debug_session_));
     new std::vector<Reach::Module>(std::move(modules_));
+    new std::vector<Reach::Buffer>(std::move(buffers_));
     new ArgumentObjects(std::move(argument_objects_));
     new Ref(std::move(context_variables_));
     return;
@@ -125,17 +126,26 @@ PythonProgram::~PythonProgram() {
   replay_context_ = Ref();
   debug_session_ = Ref();
   modules_.clear();
+  buffers_.clear();
   argument_objects_ = ArgumentObjects();
   drop_copy(std::move(context_variables_));
 }
 
-void PythonProgram::hold(std::vector<Reach::Module>&& modules,
-                         const std::vector<PyObject*>& objects, bool context_variables) {
-  modules_ = std::move(modules);
+void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
+                         bool context_variables) {
+  modules_ = std::move(reach.modules);
+  buffers_ = std::move(reach.buffers);
   argument_objects_.note(objects);
   if (context_variables) {
     context_variables_ = copy_of_context();
   }
+}
+
+void PythonProgram::settle() {
+  argument_objects_.settle();
+  std::erase_if(buffers_, [](const Reach::Buffer& buffer) {
+    return PyDict_GetItem(buffer.dict.get(), buffer.name.get()) == buffer.value.get();
+  });
 }
 
 namespace {
@@ -173,6 +183,37 @@ class TrainingScope {
   std::vector<std::pair<Ref, Ref>> flipped_;  // dict, and what it held
 };
 
+// Where fn gives a module another tensor for a buffer (self.mean = self.mean * 0.9 + ...),
+// the module has the one that the forward began with, for a scope.
+class BuffersScope {
+ public:
+  explicit BuffersScope(const std::vector<Reach::Buffer>& buffers) {
+    for (const auto& [dict, name, begin] : buffers) {
+      PyObject* now = PyDict_GetItem(dict.get(), name.get());
+      outer_.push_back({Ref::borrow(dict.get()), Ref::borrow(name.get()), Ref::borrow(now)});
+      PyDict_SetItem(dict.get(), name.get(), begin.get());
+    }
+  }
+  ~BuffersScope() {
+    if (outer_.empty()) {
+      return;
+    }
+    const ErrorSetAside outer_error;
+    for (const auto& [dict, name, value] : outer_) {
+      if (value) {
+        PyDict_SetItem(dict.get(), name.get(), value.get());
+      } else if (PyDict_DelItem(dict.get(), name.get()) != 0) {
+        PyErr_Clear();  // it is gone already
+      }
+    }
+  }
+  BuffersScope(const BuffersScope&) = delete;
+  BuffersScope& operator=(const BuffersScope&) = delete;
+
+ private:
+  std::vector<Reach::Buffer> outer_;
+};
+
 // The variables of contextvars as in the forward, for a scope; changes end with it.
 class ContextVariablesScope {
  public:
@@ -205,6 +246,7 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
   inputs.clear();
   const TrainingScope training(modules_);
+  const BuffersScope buffers(buffers_);
   const ArgumentObjectsScope objects(argument_objects_);
   const ContextVariablesScope variables(context_variables_.get());
   const DynamoPaused paused;

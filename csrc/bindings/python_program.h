@@ -29,13 +29,13 @@ class PythonProgram final : public Program {
   // the references are leaked, there being nobody to give them back to.
   ~PythonProgram() override;
 
-  // What else a replay finds as it is now: the modules in training or evaluation, and,
-  // with `context_variables`, the variables of contextvars.
+  // What else a replay finds as it is now: of what is reached the modules in training or
+  // evaluation and the tensors that are their buffers, and, with `context_variables`, the
+  // variables of contextvars.
   // `objects`: arguments that the function may change.
-  void hold(std::vector<Reach::Module>&& modules, const std::vector<PyObject*>& objects,
-            bool context_variables);
+  void hold(Reach& reach, const std::vector<PyObject*>& objects, bool context_variables);
   // After the forward.
-  void settle() { argument_objects_.settle(); }
+  void settle();
 
   Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) override;
   std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) override;
@@ -57,6 +57,7 @@ class PythonProgram final : public Program {
   Ref replay_context_;
   Ref debug_session_;
   std::vector<Reach::Module> modules_;
+  std::vector<Reach::Buffer> buffers_;  // after the forward: those that are others now
   ArgumentObjects argument_objects_;
   Ref context_variables_;  // a contextvars.Context, never entered itself
 };

@@ -377,6 +377,9 @@ class Search {
       for (const auto& [module, training] : memo.modules()) {
         reach_.modules.push_back({Ref::borrow(module), training});
       }
+      for (const auto& [dict, name, value] : memo.buffers()) {
+        reach_.buffers.push_back({Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value)});
+      }
       for (PyObject* found : memo.generators()) {
         generator(found);
       }
@@ -442,7 +445,16 @@ class Search {
                   NamesInCode only) {
     PyObject *name = nullptr, *entry = nullptr;
     for (Py_ssize_t i = 0; PyDict_Next(dict, &i, &name, &entry) != 0;) {
-      if (kind_of(entry) == Kind::kTensor && (only == nullptr || names_it(only, name))) {
+      if (only != nullptr && !names_it(only, name)) {
+        continue;
+      }
+      if (are_buffers) {
+        reach_.buffers.push_back({Ref::borrow(dict), Ref::borrow(name), Ref::borrow(entry)});
+        if (memo_ != nullptr) {
+          memo_->add_buffer(dict, name, entry);
+        }
+      }
+      if (kind_of(entry) == Kind::kTensor) {
         tensor(entry, name, owner, training, certain, are_buffers);
       }
     }

@@ -29,8 +29,15 @@ struct Reach {
     Ref module;
     bool training;
   };
+  // Of a module's dict of buffers.
+  struct Buffer {
+    Ref dict;
+    Ref name;
+    Ref value;  // a tensor or None
+  };
   std::vector<at::Generator> generators;
   std::vector<Module> modules;
+  std::vector<Buffer> buffers;
   std::vector<Reached> tensors;  // valid while the interpreter lock is held
 };
 

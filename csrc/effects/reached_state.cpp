@@ -101,9 +101,11 @@ void ReachedState::note(const std::vector<Reached>& reached) {
     if (!tensor.defined() || tensor.is_inference()) {
       continue;
     }
-    Noted& noted = noted_.emplace_back(Noted{
-        tensor.unsafeGetTensorImpl(), torch::autograd::impl::version_counter(tensor), 0, checked});
+    Noted& noted =
+        noted_.emplace_back(Noted{tensor.unsafeGetTensorImpl(),
+                                  torch::autograd::impl::version_counter(tensor), 0, 0, checked});
     noted.saved_version = noted.version.current_version();
+    noted.begin_version = noted.saved_version;
     if (role == Reached::Role::kFixed || !compat::is_plain(tensor) ||
         tensor.device().type() == c10::kMeta) {
       continue;
@@ -208,7 +210,10 @@ StateScope::StateScope(const ReachedState& state) {
   }
   for (const auto& noted : state.noted_) {
     if (noted.storage >= 0 && is_changed(state.storages_[static_cast<size_t>(noted.storage)])) {
+      // What is saved in the replay has the version that it had in the forward: autograd
+      // compares with where the counter stands after it.
       versions_.push_back({noted.version, noted.version.current_version()});
+      versions_.back().version.set_version(noted.begin_version);
     }
   }
 }
@@ -217,8 +222,9 @@ StateScope::~StateScope() {
   for (auto& [storage, other] : swapped_) {
     storage->swap_data_ptr(*other.unsafeGetStorageImpl());
   }
-  for (auto& [version, value] : versions_) {
-    version.set_version(value);
+  // Backwards: two tensors may share a counter.
+  for (auto it = versions_.rbegin(); it != versions_.rend(); ++it) {
+    it->version.set_version(it->value);
   }
 }
 

@@ -82,7 +82,8 @@ class ReachedState {
   struct Noted {
     const c10::TensorImpl* tensor;  // which one; not to be read through
     c10::VariableVersion version;   // shared with it
-    uint32_t saved_version;
+    uint32_t saved_version;         // when the forward began; after it, when it ended
+    uint32_t begin_version;
     bool checked;
     int32_t storage = -1;  // into storages_; -1: only its version is noted
   };

@@ -67,10 +67,25 @@ class _Codebook(nn.Module):
         return (x * chosen).sin()
 
 
+class _Mean(nn.Module):
+    """Follows its inputs by assignment, not in place."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return (x * self.mean).sin()
+
+
 _with_buffers("S1", "running statistics of batch norm", lambda: nn.BatchNorm1d(4), issues=(96136,))
 _with_buffers("S2", "vectors of spectral norm", lambda: spectral_norm(nn.Linear(4, 4)))
 _with_buffers("S2", "a counter", _Counter)
 _with_buffers("S2", "a codebook that follows its inputs", _Codebook)
+_with_buffers("S2", "a mean that the module gives itself anew", _Mean)
 
 # Plain autograd tells the shape. Names are what tells which of many tensors it was.
 _NAMED = clear(r"(?i)(?=.*in.?place)(?=.*\b(scales?|weight|argument))", "RuntimeError")
