@@ -87,6 +87,7 @@ def test_overhead_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixt
                 float(row[name]) for name in ("ours_step_us", "plain_us", "forward_us")
             )
             assert figure == pytest.approx(step - plain - forward)
+        assert (row["again_overhead_us"] == "") == (row["form"] == "reentrant")
         torch_figure = float(row["torch_overhead_us"])
         if torch_figure > 0:
             assert float(row["ratio"]) == pytest.approx(figure / torch_figure)

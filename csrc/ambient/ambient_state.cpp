@@ -264,7 +264,10 @@ void AmbientScope::begin_autocast(const AmbientState& state, bool inside_fn) {
       }
     }
   }
-  set_autocast_nesting(nesting);
+  nests_ = nesting != outer_nesting_;
+  if (nests_) {
+    set_autocast_nesting(nesting);
+  }
   wanted.apply(outer_autocast_);
 }
 
@@ -285,7 +288,9 @@ AmbientScope::~AmbientScope() {
     PythonTorchFunctionTLS::push_onto_stack(own_function_modes_.pop_back_val());
   }
   outer_autocast_.apply(outer_autocast_.counterpart());
-  set_autocast_nesting(outer_nesting_);
+  if (nests_) {
+    set_autocast_nesting(outer_nesting_);
+  }
   if (clears_casts_) {
     empty_cast_cache();
   }

@@ -98,6 +98,7 @@ class AmbientScope {
   std::shared_ptr<const TorchFlags> outer_flags_;
   AutocastState outer_autocast_;
   bool clears_casts_ = false;
+  bool nests_ = false;
   int outer_nesting_ = 0;   // of contexts of autocast
   int function_modes_ = 0;  // how many were pushed
   int dispatch_modes_ = 0;

@@ -28,9 +28,7 @@ ModuleMemo& ModuleMemo::of(PyObject* module) {
 }
 
 void ModuleMemo::begin(How how) {
-  const int misses = misses_;
-  *this = ModuleMemo();
-  misses_ = misses;
+  forget();
   how_ = how;
 }
 

@@ -25,6 +25,7 @@ namespace reprise::bindings {
 
 class ModuleMemo {
  public:
+  ModuleMemo() = default;
 #if PY_VERSION_HEX < 0x030C0000
   static constexpr bool kPossible = true;
 #else
@@ -40,6 +41,8 @@ class ModuleMemo {
     bool into_functions;  // whether it looks into functions that it meets
     bool operator==(const How&) const = default;
   };
+
+  void forget() { *this = ModuleMemo(misses_); }
 
   // --- while a search writes it down ---
   void begin(How how);
@@ -102,6 +105,7 @@ class ModuleMemo {
   // In a row, of a module whose forward sets attributes.
   static constexpr int kMostMisses = 8;
 
+  explicit ModuleMemo(int misses) : misses_(misses) {}
   bool holds(How how) const;
 
   bool complete_ = false;

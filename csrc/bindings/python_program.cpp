@@ -191,7 +191,9 @@ class BuffersScope {
     for (const auto& [dict, name, begin] : buffers) {
       PyObject* now = PyDict_GetItem(dict.get(), name.get());
       outer_.push_back({Ref::borrow(dict.get()), Ref::borrow(name.get()), Ref::borrow(now)});
-      PyDict_SetItem(dict.get(), name.get(), begin.get());
+      if (now != begin.get()) {
+        PyDict_SetItem(dict.get(), name.get(), begin.get());
+      }
     }
   }
   ~BuffersScope() {
@@ -200,6 +202,9 @@ class BuffersScope {
     }
     const ErrorSetAside outer_error;
     for (const auto& [dict, name, value] : outer_) {
+      if (value.get() == PyDict_GetItem(dict.get(), name.get())) {
+        continue;
+      }
       if (value) {
         PyDict_SetItem(dict.get(), name.get(), value.get());
       } else if (PyDict_DelItem(dict.get(), name.get()) != 0) {

@@ -95,6 +95,13 @@ class Search {
  public:
   // `sought`: the tensor to be named, or null.
   Search(Reach& reach, const c10::TensorImpl* sought) : reach_(reach), sought_(sought) {}
+  ~Search() {
+    if (known_ != nullptr) {
+      memos_in_use_ = false;
+    }
+  }
+  Search(const Search&) = delete;
+  Search& operator=(const Search&) = delete;
 
   const std::string& found() const { return found_; }
 
@@ -366,11 +373,13 @@ class Search {
   // another one may be of modules that were met before.
   void module(PyObject* object, bool certain) {
     const bool is_first = seen_.empty() && many_seen_.empty() && known_ == nullptr;
-    if (!ModuleMemo::kPossible || sought_ != nullptr || memo_ != nullptr || !is_first) {
+    if (!ModuleMemo::kPossible || sought_ != nullptr || memos_in_use_ || !is_first) {
       search_module(object, certain);
       return;
     }
+    memos_in_use_ = true;
     ModuleMemo& memo = ModuleMemo::of(object);
+    known_ = &memo;
     const ModuleMemo::How how{certain, into_functions_};
     if (memo.still_holds(how)) {
       memo.visit_tensors([this](const Reached& reached) { reach_.tensors.push_back(reached); });
@@ -394,10 +403,9 @@ class Search {
       }
       memo.end(std::move(seen));
     } else {
+      memo.forget();
       search_module(object, certain);
-      return;
     }
-    known_ = &memo;
     for (const auto& [left, name, left_certain] : memo.unversioned()) {
       value(left, name, left_certain);
     }
@@ -505,6 +513,9 @@ class Search {
   bool into_functions_ = true;
   ModuleMemo* memo_ = nullptr;         // is being written
   const ModuleMemo* known_ = nullptr;  // what it has seen has been met
+  // By a search of any thread: finalizers of what the collector finds may begin another
+  // one. Guarded by the interpreter lock.
+  inline static bool memos_in_use_ = false;
   // A block has tens of modules, which a list is best for; a whole model has thousands.
   static constexpr size_t kFew = 32;
   c10::SmallVector<PyObject*, kFew> seen_;

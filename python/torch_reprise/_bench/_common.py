@@ -259,14 +259,14 @@ class Table:
 class Screen:
     """Prints tables, lines and a progress bar through rich; a pipe gets plain lines, no bar.
 
-    A pipe has no width of its own; 110 columns are assumed there so that tables do not wrap.
+    A pipe has no width of its own; 124 columns are assumed there so that tables do not wrap.
     """
 
     def __init__(self) -> None:
         from rich.console import Console
 
         probe = Console()
-        self._console = probe if probe.is_terminal else Console(width=110)
+        self._console = probe if probe.is_terminal else Console(width=124)
 
     @property
     def is_terminal(self) -> bool:

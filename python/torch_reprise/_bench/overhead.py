@@ -23,8 +23,10 @@ Workloads:
 The reentrant form, torch's and ours, builds no graph in its first forward. The formula credits it
 with that, so that its O can be below zero where building the graph costs more than the bookkeeping.
 
-Where ``torch_remat`` is installed, it is measured in the same rounds, with a hook that keeps the
-state of the CPU's generator; it has no reentrant form.
+Beside them stands O of a step whose backward calls each function once more, by a tensor hook, and
+keeps nothing: what is left of O where there is no bookkeeping. Where ``torch_remat`` is installed,
+it is measured in the same rounds, with a hook that keeps the state of the CPU's generator; it has
+no reentrant form.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ from .._demo.model import Block
 from ._command import Command, Options, Report, require_equal_gradients
 from ._common import Overheads, Screen, Summary, Table, short
 from ._programs import (
+    AGAIN,
     FORMS,
     REMAT,
     STATISTICS,
     Functions,
     Workload,
+    called_again,
     check,
     implementations,
     matmul_tanh,
@@ -75,7 +79,10 @@ COLUMNS = (
     "ours_overhead_us",
     "ratio",
     "remat_overhead_us",
+    "again_overhead_us",
 )
+# By the names of the functions: columns for what is measured in one form, or not everywhere.
+OTHERS = {REMAT: "remat_overhead_us", AGAIN: "again_overhead_us"}
 
 
 def gpt_blocks(blocks: int) -> Workload:
@@ -104,31 +111,37 @@ def rows(workload: Workload, result: Overheads) -> list[list[object]]:
             figures = [per * getattr(summary, statistic) for summary in summaries]
             # Noise can make a small overhead negative; a ratio to that would be no figure.
             ratio: object = figures[-1] / figures[-2] if figures[-2] > 0 else ""
-            third = f"{REMAT}, {form}"
-            other: object = (
-                per * getattr(result.of(third), statistic) if third in result.steps else ""
-            )
+            others: list[object] = [
+                per * getattr(result.of(f"{name}, {form}"), statistic)
+                if f"{name}, {form}" in result.steps
+                else ""
+                for name in OTHERS
+            ]
             head = [workload.name, form, statistic, len(workload.chain)]
-            lines.append([*head, result.rounds, result.inner, *figures, ratio, other])
+            lines.append([*head, result.rounds, result.inner, *figures, ratio, *others])
     return lines
 
 
 def table(programs: Sequence[Workload], lines: Sequence[Sequence[object]]) -> Table:
     """The table for people: one row for each workload and form, a cell is ``min / median``."""
     found = {tuple(line[:3]): dict(zip(COLUMNS, line, strict=True)) for line in lines}
-    with_remat = any(line[-1] != "" for line in lines)
+    others = [
+        (name, column)
+        for name, column in OTHERS.items()
+        if any(line[column] != "" for line in found.values())
+    ]
     drawn = Table(
         "O = step - plain step - one forward, in microseconds (min / median of the rounds)",
         (
             *("workload", "form", "plain step", "O torch"),
-            *([f"O {REMAT}"] if with_remat else []),
+            *(f"O {name}" for name, _ in others),
             *("O ours", "ours / torch"),
         ),
     )
 
     def cell(workload: str, form: str, column: str) -> str:
         values = [found[workload, form, statistic][column] for statistic in STATISTICS]
-        return " / ".join(short(value) for value in values)
+        return "" if "" in values else " / ".join(short(value) for value in values)
 
     for program in programs:
         for form in FORMS:
@@ -138,7 +151,7 @@ def table(programs: Sequence[Workload], lines: Sequence[Sequence[object]]) -> Ta
                 form,
                 cell(program.name, form, "plain_us"),
                 cell(program.name, form, "torch_overhead_us"),
-                *([cell(program.name, form, "remat_overhead_us")] if with_remat else []),
+                *(cell(program.name, form, column) for _, column in others),
                 cell(program.name, form, "ours_overhead_us"),
                 cell(program.name, form, "ratio"),
             )
@@ -175,5 +188,5 @@ def main(argv: Sequence[str] | None = None, functions: Functions | None = None) 
     """
     if functions is None:
         functions = implementations()
-        functions["non-reentrant"].update(remat())
+        functions["non-reentrant"].update(remat(), **{AGAIN: called_again})
     return COMMAND.run(argv, partial(run, functions=functions))
