@@ -141,7 +141,9 @@ def table(programs: Sequence[Workload], lines: Sequence[Sequence[object]]) -> Ta
 
     def cell(workload: str, form: str, column: str) -> str:
         values = [found[workload, form, statistic][column] for statistic in STATISTICS]
-        return "" if "" in values else " / ".join(short(value) for value in values)
+        if column in OTHERS.values() and "" in values:
+            return ""  # not measured in this form
+        return " / ".join(short(value) for value in values)
 
     for program in programs:
         for form in FORMS:
