@@ -203,6 +203,9 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
   if (!active_) {
     return;
   }
+  // First, since it may throw.
+  const bool shares_casts =
+      state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
   if (inside_fn) {
     set_own_modes_aside(state);
   }
@@ -215,7 +218,7 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
     PythonTorchFunctionTLS::push_onto_stack(host().cpu_device_mode());
     ++function_modes_;
   }
-  begin_autocast(state, inside_fn);
+  begin_autocast(state, shares_casts, inside_fn);
   for (const auto& mode : state.function_modes_) {
     if (!is_active<PythonTorchFunctionTLS>(mode)) {
       PythonTorchFunctionTLS::push_onto_stack(mode);
@@ -244,13 +247,11 @@ void AmbientScope::set_own_modes_aside(const AmbientState& state) {
 }
 
 // Note [Cached casts]
-void AmbientScope::begin_autocast(const AmbientState& state, bool inside_fn) {
+void AmbientScope::begin_autocast(const AmbientState& state, bool shares_casts, bool inside_fn) {
   outer_nesting_ = autocast_nesting();
   // Threads of a backward inside of a context are in none themselves.
   int nesting = state.inside_autocast_ ? std::max(outer_nesting_, 1) : 0;
   auto wanted = state.autocast_;
-  const bool shares_casts =
-      state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
   if (!shares_casts) {
     // Autocast may be on without a context.
     const bool has_casts = outer_nesting_ > 0 || outer_autocast_.enabled != 0;

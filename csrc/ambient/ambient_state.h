@@ -107,7 +107,7 @@ class AmbientScope {
   c10::SmallVector<AmbientState::DispatchMode, 0> own_dispatch_modes_;
 
   void set_own_modes_aside(const AmbientState& state);
-  void begin_autocast(const AmbientState& state, bool inside_fn);
+  void begin_autocast(const AmbientState& state, bool shares_casts, bool inside_fn);
 };
 
 }  // namespace reprise

@@ -2,6 +2,7 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/ones.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "host.h"
@@ -11,7 +12,7 @@ namespace reprise {
 
 namespace {
 
-// Neither modes nor transforms nor autograd see what runs in it.
+// Neither modes nor transforms nor autograd nor profilers see what runs in it.
 class Unseen {
  public:
   Unseen() : keys_(included, excluded) {}
@@ -20,6 +21,7 @@ class Unseen {
   static constexpr auto included = c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
   static constexpr auto excluded =
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+  at::DisableRecordFunctionGuard quiet_;
   compat::NoInferenceMode inference_;
   c10::impl::ForceDispatchKeyGuard keys_;
 };
