@@ -458,3 +458,19 @@ def test_a_backward_inside_of_the_function_leaves_the_casts_that_its_context_has
         return out, grads([x, weight])
 
     assert_exact(program)
+
+
+def test_a_replay_leaves_casts_also_where_its_forward_did_without_a_cache() -> None:
+    def program(run: Run) -> Any:
+        x, weight = leaf(4, 4), leaf(4, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = (x @ weight).sin()
+            start = x.detach().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                inner = run(torch.sin, start)
+            (grad,) = torch.autograd.grad(inner.sum(), start)
+            out = (out @ weight).sin() + grad
+        out.float().sum().backward()
+        return out, grads([x, weight])
+
+    assert_exact(program)

@@ -12,10 +12,16 @@ namespace reprise {
 
 namespace {
 
-// Neither modes nor transforms nor autograd nor profilers see what runs in it.
+// Neither modes nor transforms nor autograd nor profilers see what runs in it, and the
+// cache is used also in a context that does without (cache_enabled=False).
 class Unseen {
  public:
-  Unseen() : keys_(included, excluded) {}
+  Unseen() : keys_(included, excluded), cache_(at::autocast::is_autocast_cache_enabled()) {
+    at::autocast::set_autocast_cache_enabled(true);
+  }
+  ~Unseen() { at::autocast::set_autocast_cache_enabled(cache_); }
+  Unseen(const Unseen&) = delete;
+  Unseen& operator=(const Unseen&) = delete;
 
  private:
   static constexpr auto included = c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
@@ -24,6 +30,7 @@ class Unseen {
   at::DisableRecordFunctionGuard quiet_;
   compat::NoInferenceMode inference_;
   c10::impl::ForceDispatchKeyGuard keys_;
+  bool cache_;
 };
 
 // A weight of ours, of one element.
@@ -50,9 +57,6 @@ void set_autocast_nesting(int depth) {
 }
 
 at::Tensor mark_of_cast_cache() {
-  if (!at::autocast::is_autocast_cache_enabled()) {
-    return {};
-  }
   // A cast in another thread may need the interpreter while it holds the cache's lock.
   const InterpreterReleased released;
   const Unseen unseen;

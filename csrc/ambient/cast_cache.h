@@ -27,7 +27,7 @@ void set_autocast_nesting(int depth);
 
 // The same object as long as the cache has not been emptied, which is as long as one
 // outermost context lasts. It is kept by whoever compares, so that its address is not
-// used again. Undefined where nothing is cached.
+// used again. Undefined where autocast of the CPU casts to float32.
 at::Tensor mark_of_cast_cache();
 
 void empty_cast_cache();

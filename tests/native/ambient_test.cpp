@@ -71,7 +71,8 @@ TEST(the_mark_of_the_cache_lasts_as_long_as_what_is_cached) {
   EXPECT(second.defined());
   EXPECT(!second.is_same(first));
   autocast::set_autocast_cache_enabled(false);
-  EXPECT(!reprise::mark_of_cast_cache().defined());
+  EXPECT(second.is_same(reprise::mark_of_cast_cache()));
+  EXPECT(!autocast::is_autocast_cache_enabled());
   autocast::set_autocast_cache_enabled(true);
   EXPECT_EQ(autocast::decrement_nesting(), 0);
   reprise::empty_cast_cache();
