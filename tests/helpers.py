@@ -14,13 +14,16 @@ import functools
 import inspect
 import random
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_reprise
 from torch_reprise import ledger
@@ -38,6 +41,57 @@ def plain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def checkpointed(**options: Any) -> Run:
     """`torch_reprise.checkpoint` with these options; not reentrant unless said."""
     return functools.partial(torch_reprise.checkpoint, **{"use_reentrant": False, **options})
+
+
+@contextmanager
+def setting(read: Callable[[], Any], write: Callable[[Any], object], value: Any) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+class AlteredFunction(TorchFunctionMode):
+    """Changes the results of one function of torch."""
+
+    def __init__(self, function: Any, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.change = function, change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self.change(result) if func is self.function else result
+
+
+class AlteredOperator(TorchDispatchMode):
+    """Changes the results of one operator."""
+
+    def __init__(self, operator: Any, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operator, self.change = operator, change
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self.change(result) if func is self.operator else result
+
+
+def random_steps(
+    choose: random.Random,
+    kinds: Sequence[str],
+    blocks: Sequence[str],
+    step: Callable[[str], Any],
+    depth: int = 0,
+) -> list[Any]:
+    """A random program: what ``step`` makes of each kind, `inner` steps in those of ``blocks``."""
+    found = []
+    for _ in range(choose.randint(1, 4)):
+        made = step(choose.choice([*kinds, *blocks] if depth < 3 else kinds))
+        if made.kind in blocks:
+            made.inner = random_steps(choose, kinds, blocks, step, depth + 1)
+        found.append(made)
+    return found
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,47 +9,30 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from helpers import Run, checkpointed, plain
+from helpers import (
+    AlteredFunction,
+    AlteredOperator,
+    Run,
+    checkpointed,
+    plain,
+    random_steps,
+    setting,
+)
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_reprise import Checkpointer
 
 BATCH = 25
 PROGRAMS = int(os.environ.get("REPRISE_PROGRAMS", "500"))
-DEPTH = 3
 OPS = ("first weight", "second weight", "both weights", "new tensor", "sin", "sin")
 BLOCKS = ("segment", "segment", "context", "local grad")
-
-
-class Doubled(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result * 2 if func is torch.sin else result
-
-
-class Shifted(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result + 1 if func is torch.ops.aten.cos.default else result
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    outer = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(outer)
 
 
 CONTEXTS: tuple[Callable[[], AbstractContextManager[Any]], ...] = (
@@ -57,9 +40,9 @@ CONTEXTS: tuple[Callable[[], AbstractContextManager[Any]], ...] = (
     lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
     lambda: torch.autocast("cpu", torch.half),
     lambda: torch.autocast("cpu", enabled=False),
-    lambda: default_dtype(torch.float64),
-    Doubled,
-    Shifted,
+    lambda: setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    lambda: AlteredFunction(torch.sin, lambda result: result * 2),
+    lambda: AlteredOperator(torch.ops.aten.cos.default, lambda result: result + 1),
 )
 # A mode that is active around a replay alone is an observer, and stays (docs/replay.md).
 AROUND_BACKWARD = CONTEXTS[:-2]
@@ -72,15 +55,11 @@ class Step:
     inner: list[Step] = field(default_factory=list)
 
 
-def steps(choose: random.Random, depth: int = 0) -> list[Step]:
-    found = []
-    for _ in range(choose.randint(1, 4)):
-        kind = choose.choice(OPS + BLOCKS if depth < DEPTH else OPS)
-        step = Step(kind, choose.randrange(len(CONTEXTS)))
-        if kind in BLOCKS:
-            step.inner = steps(choose, depth + 1)
-        found.append(step)
-    return found
+def steps(choose: random.Random) -> list[Step]:
+    def step(kind: str) -> Step:
+        return Step(kind, choose.randrange(len(CONTEXTS)))
+
+    return random_steps(choose, OPS, BLOCKS, step)
 
 
 @dataclass

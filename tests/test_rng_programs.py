@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Run, checkpointed, plain
+from helpers import Run, checkpointed, plain, random_steps
 from torch import Tensor
 from torch.nn.functional import dropout
 
 BATCH = 25
 PROGRAMS = int(os.environ.get("REPRISE_PROGRAMS", "500"))
-DEPTH = 3
 # Around the 624 words that the CPU's generator makes at a time.
 COUNTS = (1, 2, 3, 5, 8, 17, 623, 624, 625)
 STEPS = ("rand", "randn", "randn", "many", "dropout", "explicit", "seed", "set state", "sin")
@@ -36,14 +35,10 @@ class Step:
 
 
 def steps(choose: random.Random, depth: int = 0) -> list[Step]:
-    found = []
-    for _ in range(choose.randint(1, 4)):
-        kind = choose.choice(STEPS + BLOCKS if depth < DEPTH else STEPS)
-        step = Step(kind, choose.choice(COUNTS), choose.randint(0, 9))
-        if kind in BLOCKS:
-            step.inner = steps(choose, depth + 1)
-        found.append(step)
-    return found
+    def step(kind: str) -> Step:
+        return Step(kind, choose.choice(COUNTS), choose.randint(0, 9))
+
+    return random_steps(choose, STEPS, BLOCKS, step, depth)
 
 
 @dataclass

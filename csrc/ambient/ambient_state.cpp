@@ -157,21 +157,20 @@ bool is_active(const Mode& mode) {
   return false;
 }
 
-// The first of this thread's modes that is not one of those that were there before, which
-// begin at `first`. The end if others lie there now.
+// Takes this thread's modes that lie above those of `before`, which begin at `first`, off their
+// stack, innermost first. None if others lie there now.
 template <typename TLS, typename Modes>
-int64_t own_modes_begin(int64_t first, const Modes& before) {
-  const int64_t all = TLS::stack_len();
+void set_aside(int64_t first, const Modes& before, Modes& aside) {
   const int64_t begin = first + static_cast<int64_t>(before.size());
-  if (begin > all) {
-    return all;
-  }
-  for (size_t i = 0; i < before.size(); ++i) {
-    if (!same_mode(TLS::get_stack_at(first + static_cast<int64_t>(i)), before[i])) {
-      return all;
+  for (int64_t i = first; i < begin; ++i) {
+    if (i >= TLS::stack_len() ||
+        !same_mode(TLS::get_stack_at(i), before[static_cast<size_t>(i - first)])) {
+      return;
     }
   }
-  return begin;
+  while (TLS::stack_len() > begin) {
+    aside.push_back(TLS::pop_stack());
+  }
 }
 
 bool default_device_is_set() {
@@ -207,7 +206,8 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
   const bool shares_casts =
       state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
   if (inside_fn) {
-    set_own_modes_aside(state);
+    set_aside<PythonTorchFunctionTLS>(0, state.function_modes_, own_function_modes_);
+    set_aside<TorchDispatchModeTLS>(infra_modes(), state.dispatch_modes_, own_dispatch_modes_);
   }
   outer_flags_ = TorchFlags::current();
   outer_autocast_ = state.autocast_.counterpart();
@@ -230,19 +230,6 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
       TorchDispatchModeTLS::push_non_infra_mode_onto_stack(mode);
       ++dispatch_modes_;
     }
-  }
-}
-
-void AmbientScope::set_own_modes_aside(const AmbientState& state) {
-  for (auto i = own_modes_begin<PythonTorchFunctionTLS>(0, state.function_modes_),
-            n = PythonTorchFunctionTLS::stack_len();
-       i < n; ++i) {
-    own_function_modes_.push_back(PythonTorchFunctionTLS::pop_stack());
-  }
-  for (auto i = own_modes_begin<TorchDispatchModeTLS>(infra_modes(), state.dispatch_modes_),
-            n = TorchDispatchModeTLS::stack_len();
-       i < n; ++i) {
-    own_dispatch_modes_.push_back(TorchDispatchModeTLS::pop_stack());
   }
 }
 

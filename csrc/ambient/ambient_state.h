@@ -106,7 +106,6 @@ class AmbientScope {
   c10::SmallVector<AmbientState::FunctionMode, 0> own_function_modes_;
   c10::SmallVector<AmbientState::DispatchMode, 0> own_dispatch_modes_;
 
-  void set_own_modes_aside(const AmbientState& state);
   void begin_autocast(const AmbientState& state, bool shares_casts, bool inside_fn);
 };
 

@@ -52,13 +52,13 @@ def checkpoint_without_reentrant_generator(
         return
     require_callable("function", fn)
     _validate(
-        use_reentrant=False,
-        context_fn=context_fn,
-        determinism_check=determinism_check,
-        debug=debug,
-        early_stop=early_stop,
-        preserve_rng_state=preserve_rng_state,
         respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+        preserve_rng_state=preserve_rng_state,
+        early_stop=early_stop,
+        debug=debug,
+        determinism_check=determinism_check,
+        context_fn=context_fn,
+        use_reentrant=False,
     )
     contexts, session = _contexts_of(
         context_fn, respect_saved_tensors_hooks, preserve_rng_state, debug
