@@ -65,14 +65,16 @@ bool GeneratorLease::try_take(uint64_t token, const RngSnapshot& stash) {
       return false;
     }
   }
+  const size_t before = s.held.size();  // no generator is in a stash twice
   for (size_t i = 0; i < stash.size(); ++i) {
-    const void* impl = stash.generator(i).unsafeGetGeneratorImpl();
-    if (std::find(s.held.begin(), s.held.end(), std::pair(impl, token)) == s.held.end()) {
-      s.held.emplace_back(impl, token);
-      g_held.store(s.held.size());
-      taken_.push_back(impl);
+    const std::pair<const void*, uint64_t> mine(stash.generator(i).unsafeGetGeneratorImpl(), token);
+    const auto end = s.held.begin() + static_cast<std::ptrdiff_t>(before);
+    if (std::find(s.held.begin(), end, mine) == end) {
+      s.held.push_back(mine);
+      taken_.push_back(mine.first);
     }
   }
+  g_held.store(s.held.size());
   others_held_ = held_by_other_than(s, token);
   // Last: whoever counts this turn as one of the past sees that it is held.
   turn_ = g_turns.fetch_add(1) + 1;

@@ -83,11 +83,9 @@ namespace {
 
 using Block = c10::intrusive_ptr<Mt19937Block>;
 
-at::CPUGeneratorImpl* as_cpu(const at::Generator& generator) {
-  auto* impl = generator.unsafeGetGeneratorImpl();
-  // Somebody may register a CPU generator class of their own: that one is opaque.
-  return typeid(*impl) == typeid(at::CPUGeneratorImpl) ? static_cast<at::CPUGeneratorImpl*>(impl)
-                                                       : nullptr;
+// Somebody may register a CPU generator class of their own: that one is opaque.
+bool is_cpu_generator(const c10::GeneratorImpl& impl) {
+  return typeid(impl) == typeid(at::CPUGeneratorImpl);
 }
 
 // The words of an engine and what they came from, not how many of them are used up.
@@ -224,10 +222,11 @@ PhiloxPosition position_outside_captures(const c10::GeneratorImpl& impl) {
   return position_in_capture(impl);
 }
 
-PhiloxPosition position_of(c10::GeneratorImpl& impl) {
+PhiloxPosition position_of(HeldGenerator& generator) {
+  auto& impl = generator.impl();
   if (const auto fields = compat::philox_fields(impl)) {
-    return is_captured(impl.device()) ? position_in_capture(impl)
-                                      : PhiloxPosition{fields->seed, fields->offset, kNoCapture};
+    return generator.is_captured() ? position_in_capture(impl)
+                                   : PhiloxPosition{fields->seed, fields->offset, kNoCapture};
   }
   if (!is_captured_unnoticed(impl.device())) {
     try {
@@ -250,8 +249,9 @@ std::string describe_offset(uint64_t offset, CaptureId capture) {
 }
 
 // False, and nothing is changed, if the device is in another capture now.
-bool set_position(c10::GeneratorImpl& impl, const PhiloxPosition& position) {
-  if (is_captured(impl.device())) {
+bool set_position(HeldGenerator& generator, const PhiloxPosition& position) {
+  auto& impl = generator.impl();
+  if (generator.is_captured()) {
     const OnDevice there(impl.device());
     if (position.capture == kNoCapture || position.capture != capture_of(impl.device())) {
       return false;
@@ -295,10 +295,11 @@ bool set_position(c10::GeneratorImpl& impl, const PhiloxPosition& position) {
 
 }  // namespace
 
-GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
+GeneratorKind kind_of(const at::Generator& generator) {
+  using Kind = GeneratorKind;
   switch (generator.device().type()) {
     case c10::DeviceType::CPU:
-      return as_cpu(generator) != nullptr ? Kind::kMt19937 : Kind::kOpaque;
+      return is_cpu_generator(*generator.unsafeGetGeneratorImpl()) ? Kind::kMt19937 : Kind::kOpaque;
     case c10::DeviceType::CUDA:  // CUDAGeneratorImpl: philox seed and offset, nothing else
     case c10::DeviceType::XPU:   // XPUGeneratorImpl: the same two
     case c10::DeviceType::MPS:   // MPSGeneratorImpl: the same two
@@ -306,6 +307,16 @@ GeneratorState::Kind GeneratorState::kind_of(const at::Generator& generator) {
     default:  // get_offset may throw or not tell the whole state
       return Kind::kOpaque;
   }
+}
+
+HeldGenerator::HeldGenerator(const at::Generator& generator)
+    : impl_(*generator.unsafeGetGeneratorImpl()), kind_(kind_of(generator)), lock_(impl_.mutex_) {}
+
+bool HeldGenerator::is_captured() {
+  if (!captured_.has_value()) {
+    captured_ = reprise::is_captured(impl_.device());
+  }
+  return *captured_;
 }
 
 struct GeneratorState::Mt19937 {
@@ -384,6 +395,10 @@ struct GeneratorState::Mt19937 {
 
 namespace {
 
+at::CPUGeneratorImpl& cpu_of(const HeldGenerator& mt19937) {
+  return static_cast<at::CPUGeneratorImpl&>(mt19937.impl());
+}
+
 // An opaque state, which is a byte tensor in host memory (at::Generator's contract).
 const c10::TensorImpl& bytes_of(const c10::intrusive_ptr<c10::intrusive_ptr_target>& kept) {
   return static_cast<const c10::TensorImpl&>(*kept);
@@ -399,26 +414,24 @@ bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
   if (kind_ != Kind::kMt19937) {
     return false;
   }
-  auto& cpu = *static_cast<at::CPUGeneratorImpl*>(generator.unsafeGetGeneratorImpl());
-  std::lock_guard<std::mutex> lock(cpu.mutex_);
+  HeldGenerator held(generator);
+  auto& cpu = cpu_of(held);
   const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
   return stamp_of(now) == stamp_ && Mt19937::stands_at(cpu, now, *this);
 }
 
-GeneratorState GeneratorState::capture(const at::Generator& generator) {
+GeneratorState GeneratorState::capture(HeldGenerator& generator) {
   GeneratorState state;
-  state.kind_ = kind_of(generator);
-  auto* impl = generator.unsafeGetGeneratorImpl();
-  std::lock_guard<std::mutex> lock(impl->mutex_);
+  state.kind_ = generator.kind();
   switch (state.kind_) {
     case Kind::kMt19937:
-      Mt19937::capture(*static_cast<at::CPUGeneratorImpl*>(impl), state);
+      Mt19937::capture(cpu_of(generator), state);
       break;
     case Kind::kPhilox:
-      state.philox_ = position_of(*impl);
+      state.philox_ = position_of(generator);
       break;
     case Kind::kOpaque:
-      state.kept_ = impl->get_state();
+      state.kept_ = generator.impl().get_state();
       break;
   }
   return state;
@@ -430,36 +443,35 @@ GeneratorState GeneratorState::philox(uint64_t seed, uint64_t offset) {
   return state;
 }
 
-bool GeneratorState::apply(const at::Generator& generator) const {
-  auto* impl = generator.unsafeGetGeneratorImpl();
-  std::lock_guard<std::mutex> lock(impl->mutex_);
+bool GeneratorState::apply(HeldGenerator& generator) const {
   switch (kind_) {
     case Kind::kMt19937:
-      Mt19937::apply(*static_cast<at::CPUGeneratorImpl*>(impl), *this);
+      Mt19937::apply(cpu_of(generator), *this);
       break;
     case Kind::kPhilox:
-      return set_position(*impl, philox_);
+      return set_position(generator, philox_);
     case Kind::kOpaque:
-      impl->set_state(bytes_of(kept_));
+      generator.impl().set_state(bytes_of(kept_));
       break;
   }
   return true;
 }
 
-bool GeneratorState::is_state_of(const at::Generator& generator) const {
-  auto* impl = generator.unsafeGetGeneratorImpl();
-  if (kind_ == Kind::kOpaque) {
-    return *this == capture(generator);
+bool GeneratorState::is_state_of(HeldGenerator& generator) const {
+  switch (kind_) {
+    case Kind::kMt19937: {
+      auto& cpu = cpu_of(generator);
+      return Mt19937::stands_at(cpu, compat::mt19937_data(cpu), *this);
+    }
+    case Kind::kPhilox:
+      return position_of(generator) == philox_;
+    case Kind::kOpaque:
+      return *this == capture(generator);
   }
-  std::lock_guard<std::mutex> lock(impl->mutex_);
-  if (kind_ == Kind::kPhilox) {
-    return position_of(*impl) == philox_;
-  }
-  auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
-  return Mt19937::stands_at(cpu, compat::mt19937_data(cpu), *this);
+  return false;
 }
 
-bool GeneratorState::is_state_of(const at::Generator& generator, const GeneratorMark& mark) const {
+bool GeneratorState::is_state_of(HeldGenerator& generator, const GeneratorMark& mark) const {
   if (kind_ == Kind::kMt19937 && mark.position_ != Mt19937::position(left_, next_)) {
     return false;
   }
@@ -579,14 +591,12 @@ std::optional<uint64_t> GeneratorState::draws_until(const GeneratorMark& mark) c
   return std::nullopt;
 }
 
-GeneratorMark GeneratorMark::of(const at::Generator& generator) {
+GeneratorMark GeneratorMark::of(HeldGenerator& generator) {
   GeneratorMark mark;
-  mark.kind_ = GeneratorState::kind_of(generator);
-  auto* impl = generator.unsafeGetGeneratorImpl();
-  std::lock_guard<std::mutex> lock(impl->mutex_);
+  mark.kind_ = generator.kind();
   switch (mark.kind_) {
-    case GeneratorState::Kind::kMt19937: {
-      auto& cpu = *static_cast<at::CPUGeneratorImpl*>(impl);
+    case GeneratorKind::kMt19937: {
+      auto& cpu = cpu_of(generator);
       const at::mt19937_data_pod& engine = compat::mt19937_data(cpu);
       mark.seed_ = engine.seed_;
       mark.stamp_ = stamp_of(engine);
@@ -600,15 +610,15 @@ GeneratorMark GeneratorMark::of(const at::Generator& generator) {
       }
       break;
     }
-    case GeneratorState::Kind::kPhilox: {
-      const auto position = position_of(*impl);
+    case GeneratorKind::kPhilox: {
+      const auto position = position_of(generator);
       mark.seed_ = position.seed;
       mark.position_ = position.offset;
       mark.block_ = position.capture;
       break;
     }
-    case GeneratorState::Kind::kOpaque: {
-      const at::Tensor state(impl->get_state());
+    case GeneratorKind::kOpaque: {
+      const at::Tensor state(generator.impl().get_state());
       mark.block_ = hash_bytes(state.const_data_ptr(), state.nbytes());
       break;
     }
@@ -622,18 +632,18 @@ bool GeneratorMark::operator==(const GeneratorMark& other) const {
 }
 
 bool GeneratorMark::is_beyond(const GeneratorMark& other) const {
-  return kind_ == other.kind_ && kind_ != GeneratorState::Kind::kOpaque && seed_ == other.seed_ &&
+  return kind_ == other.kind_ && kind_ != GeneratorKind::kOpaque && seed_ == other.seed_ &&
          block_ == other.block_ && position_ > other.position_;
 }
 
 std::string GeneratorMark::describe() const {
   switch (kind_) {
-    case GeneratorState::Kind::kMt19937:
+    case GeneratorKind::kMt19937:
       return c10::str("seed ", seed_, ", word ", position_, " of 624 in block ", block_ >> 40,
                       cached_ != 0 ? ", a normal sample left over" : "");
-    case GeneratorState::Kind::kPhilox:
+    case GeneratorKind::kPhilox:
       return c10::str("seed ", seed_, describe_offset(position_, block_));
-    case GeneratorState::Kind::kOpaque:
+    case GeneratorKind::kOpaque:
       return c10::str("state ", block_ >> 32);
   }
   return {};

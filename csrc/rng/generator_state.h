@@ -22,6 +22,7 @@
 #include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <string>
 
@@ -38,13 +39,34 @@ struct PhiloxPosition {
 
 class GeneratorMark;
 
+// How the state of a generator is told. Decided by device type, in the one table of
+// generator_state.cpp.
+enum class GeneratorKind : uint8_t { kMt19937, kPhilox, kOpaque };
+GeneratorKind kind_of(const at::Generator& generator);
+
+// A generator with its mutex held, as every reader of one must hold it: for several looks
+// and changes at once. On a machine with eight devices the looks are what costs.
+class HeldGenerator {
+ public:
+  explicit HeldGenerator(const at::Generator& generator);
+  HeldGenerator(const HeldGenerator&) = delete;
+  HeldGenerator& operator=(const HeldGenerator&) = delete;
+
+  c10::GeneratorImpl& impl() const { return impl_; }
+  GeneratorKind kind() const { return kind_; }
+  // See stream_capture.h; asked once, for a stream is captured by the thread that looks.
+  bool is_captured();
+
+ private:
+  c10::GeneratorImpl& impl_;
+  const GeneratorKind kind_;
+  std::optional<bool> captured_;
+  std::lock_guard<std::mutex> lock_;
+};
+
 class GeneratorState {
  public:
-  enum class Kind : uint8_t { kMt19937, kPhilox, kOpaque };
-
-  // How the state of this generator is told. Decided by device type, in the
-  // one table of generator_state.cpp.
-  static Kind kind_of(const at::Generator& generator);
+  using Kind = GeneratorKind;
 
   // Note [Drawn and put back]
   //
@@ -71,22 +93,33 @@ class GeneratorState {
   // the state this one? Always false for other kinds than mt19937.
   bool is_untouched_since(const at::Generator& generator) const;
 
-  // Takes the generator's mutex, as every reader of a generator must.
-  // Consecutive captures of a CPU generator give states that share their memory as long
-  // as it makes no new words in between. Marks it: Note [Drawn and put back].
-  static GeneratorState capture(const at::Generator& generator);
+  // Where it stands now. Consecutive captures of a CPU generator give states that share their
+  // memory as long as it makes no new words in between. Marks it: Note [Drawn and put back].
+  static GeneratorState capture(HeldGenerator& generator);
+  static GeneratorState capture(const at::Generator& generator) {
+    HeldGenerator held(generator);
+    return capture(held);
+  }
   // A state that was never noted but is known.
   static GeneratorState philox(uint64_t seed, uint64_t offset);
   // False, and nothing is done, for a Philox state of another stream capture than
   // the one that the generator's device is in now.
-  bool apply(const at::Generator& generator) const;
+  bool apply(HeldGenerator& generator) const;
+  bool apply(const at::Generator& generator) const {
+    HeldGenerator held(generator);
+    return apply(held);
+  }
 
   // Does `generator` stand where this state was captured? Cheaper than a
   // capture: nothing is allocated for mt19937 and philox.
-  bool is_state_of(const at::Generator& generator) const;
+  bool is_state_of(HeldGenerator& generator) const;
+  bool is_state_of(const at::Generator& generator) const {
+    HeldGenerator held(generator);
+    return is_state_of(held);
+  }
   // The same, for a generator that stands at `mark`: no look at it is needed where
   // the mark is the whole state, which is so for philox, or tells that it is not.
-  bool is_state_of(const at::Generator& generator, const GeneratorMark& mark) const;
+  bool is_state_of(HeldGenerator& generator, const GeneratorMark& mark) const;
 
   // Would capture() give this state again? False where the answer costs as much as that.
   bool is_still_of(const at::Generator& generator) const {
@@ -141,7 +174,11 @@ class GeneratorState {
 // replay is checked against. 48 bytes for every kind.
 class GeneratorMark {
  public:
-  static GeneratorMark of(const at::Generator& generator);
+  static GeneratorMark of(HeldGenerator& generator);
+  static GeneratorMark of(const at::Generator& generator) {
+    HeldGenerator held(generator);
+    return of(held);
+  }
 
   bool operator==(const GeneratorMark& other) const;
   // Is this further on than `other`? Unknown for opaque states, after a new

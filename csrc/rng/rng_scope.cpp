@@ -12,21 +12,18 @@ namespace {
 
 using Entry = RngSnapshot::Entry;
 
-// Does a generator of the stash not stand at `now` as it should after the replay? In
-// words; empty if it does. Stopped early, it may stand before that, not beyond.
-std::string divergence(const Entry& entry, const GeneratorMark& now, bool stopped_early) {
+// Does a generator of the stash not stand at `now` as it should after the replay?
+// Stopped early, it may stand before that, not beyond.
+bool diverges(const Entry& entry, const GeneratorMark& now, bool stopped_early) {
   if (!entry.end.has_value()) {  // the forward is not over: nothing to compare with
-    return {};
+    return false;
   }
   // A forward that sets its generator may be anywhere when it is stopped.
-  if (stopped_early ? !entry.end->only_drawn_since(entry.state) || !now.is_beyond(*entry.end)
-                    : now == *entry.end) {
-    return {};
-  }
-  // Left where it began: another thread may have drawn during the forward.
-  if (entry.state.is_state_of(entry.generator) && !host().is_alone()) {
-    return {};
-  }
+  return stopped_early ? entry.end->only_drawn_since(entry.state) && now.is_beyond(*entry.end)
+                       : !(now == *entry.end);
+}
+
+std::string divergence(const Entry& entry, const GeneratorMark& now) {
   std::string text = c10::str("generator ", generator_name(entry.generator),
                               "\n    began at:      ", entry.state.describe(),
                               "\n    forward ended: ", entry.end->describe(),
@@ -110,6 +107,32 @@ void RngScope::visit_others(const Visit& visit) const {
   }
 }
 
+bool RngScope::put_back_one(size_t index, Compare compare, std::string& differs) {
+  const Entry& entry = stash_.entries()[index];
+  const bool is_compared = compare != Compare::kNothing && differs.empty() && !is_left_alone(index);
+  GeneratorMark now;
+  bool differs_here = false;
+  bool stands_at_begin = false;
+  bool moved = false;
+  bool is_in_reach = true;
+  {
+    HeldGenerator held(entry.generator);  // nothing else is asked meanwhile
+    now = GeneratorMark::of(held);
+    differs_here = is_compared && diverges(entry, now, compare == Compare::kNotBeyond);
+    stands_at_begin = differs_here && entry.state.is_state_of(held);
+    moved = !outer_[index].is_state_of(held, now);
+    is_in_reach = !moved || outer_[index].apply(held);
+  }
+  // Left where it began: another thread may have drawn during the forward.
+  if (differs_here && !(stands_at_begin && !host().is_alone())) {
+    differs = divergence(entry, now);
+  }
+  if (!is_in_reach) {
+    throw OutOfReach(out_of_reach(entry.generator, outer_[index]));
+  }
+  return moved;
+}
+
 std::string RngScope::finish(Compare compare) {
   if (!enabled_) {
     return {};
@@ -118,19 +141,9 @@ std::string RngScope::finish(Compare compare) {
   GeneratorList unexpected;
   Attempts attempt;
   for (size_t i = 0; i < outer_.size(); ++i) {
-    const Entry& entry = stash_.entries()[i];
     attempt([&] {
-      if (compare == Compare::kNothing) {
-        reprise::put_back(entry.generator, outer_[i]);
-        return;
-      }
-      const auto mark = GeneratorMark::of(entry.generator);
-      const bool left_alone = is_left_alone(i);
-      if (!left_alone && differs.empty()) {
-        differs = divergence(entry, mark, compare == Compare::kNotBeyond);
-      }
-      if (reprise::put_back(entry.generator, outer_[i], &mark) && left_alone && host().is_alone()) {
-        unexpected.push_back(entry.generator);
+      if (put_back_one(i, compare, differs) && is_left_alone(i) && host().is_alone()) {
+        unexpected.push_back(stash_.generator(i));
       }
     });
   }

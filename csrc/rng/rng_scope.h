@@ -46,6 +46,9 @@ class RngScope {
   enum class Compare { kNothing, kNotBeyond, kEnd };
   void rewind();
   std::string finish(Compare compare);
+  // Puts a generator of the stash back; was it elsewhere? `differs`: told there, if
+  // nothing is yet.
+  bool put_back_one(size_t index, Compare compare, std::string& differs);
   void put_back() noexcept;
   bool is_left_alone(size_t index) const;
   void note_others();

@@ -123,9 +123,9 @@ RngSnapshot::Entries& RngSnapshot::made(NewEntries& entries) {
   return *entries;
 }
 
-const RngSnapshot::Entries& RngSnapshot::entries() const {
+const RngSnapshot::Entries& RngSnapshot::none() {
   static const auto& none = *new Entries;
-  return entries_ ? *entries_ : none;
+  return none;
 }
 
 const RngSnapshot& RngSnapshot::of_defaults() {
@@ -201,8 +201,9 @@ bool RngSnapshot::contains(const Entries& entries, const at::Generator& generato
                      [&](const Entry& entry) { return entry.generator == generator; });
 }
 
-bool RngSnapshot::contains(const at::Generator& generator) const {
-  return contains(entries(), generator);
+bool RngSnapshot::contains(const at::Generator& generator, size_t hint) const {
+  const Entries& all = entries();
+  return (hint < all.size() && all[hint].generator == generator) || contains(all, generator);
 }
 
 RngSnapshot RngSnapshot::needed_by_a_replay(
@@ -212,10 +213,10 @@ RngSnapshot RngSnapshot::needed_by_a_replay(
     if (e.state.is_untouched_since(e.generator)) {
       continue;
     }
-    // One look at a CUDA generator asks the driver twice: not more of them than needed.
-    const auto end = GeneratorMark::of(e.generator);
-    const bool moved = !e.state.is_state_of(e.generator, end);
-    if (moved || e.state.kind() == GeneratorState::Kind::kMt19937 ||
+    HeldGenerator held(e.generator);
+    const auto end = GeneratorMark::of(held);
+    const bool moved = !e.state.is_state_of(held, end);
+    if (moved || e.state.kind() == GeneratorKind::kMt19937 ||
         std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
       if (!needed) {
         made(needed).reserve(&entries().back() - &e + 1);
@@ -255,11 +256,12 @@ bool is_fresh(const at::Generator& generator) {
 std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
   std::vector<std::string> unknown;
   NewEntries newcomers;
+  size_t next = 0;
   visit_defaults([&](const at::Generator& generator) {
-    if (before.contains(generator)) {
+    if (before.contains(generator, next++)) {
       return;
     }
-    if (GeneratorState::kind_of(generator) != GeneratorState::Kind::kPhilox) {
+    if (kind_of(generator) != GeneratorKind::kPhilox) {
       if (!is_fresh(generator)) {
         unknown.push_back(generator_name(generator));
       }
@@ -292,15 +294,17 @@ GeneratorList RngSnapshot::restore_moved() const {
   return moved;
 }
 
-bool put_back(const at::Generator& generator, const GeneratorState& state,
-              const GeneratorMark* mark) {
-  if (mark != nullptr ? state.is_state_of(generator, *mark) : state.is_state_of(generator)) {
-    return false;
+bool put_back(const at::Generator& generator, const GeneratorState& state) {
+  {
+    HeldGenerator held(generator);
+    if (state.is_state_of(held)) {
+      return false;
+    }
+    if (state.apply(held)) {
+      return true;
+    }
   }
-  if (!state.apply(generator)) {
-    throw OutOfReach(out_of_reach(generator, state));
-  }
-  return true;
+  throw OutOfReach(out_of_reach(generator, state));
 }
 
 std::string out_of_reach(const at::Generator& generator, const GeneratorState& state) {

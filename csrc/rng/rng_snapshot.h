@@ -53,10 +53,8 @@ class OutOfReach : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 std::string out_of_reach(const at::Generator& generator, const GeneratorState& state);
-// Puts a generator back to `state`; throws OutOfReach. False if it stands there. `mark`:
-// where it stands now, if that is known.
-bool put_back(const at::Generator& generator, const GeneratorState& state,
-              const GeneratorMark* mark = nullptr);
+// Puts a generator back to `state`; throws OutOfReach. False if it stands there.
+bool put_back(const at::Generator& generator, const GeneratorState& state);
 
 // Runs actions, each whatever became of the others; rethrow() throws the last error.
 class Attempts {
@@ -116,10 +114,11 @@ class RngSnapshot {
   // back; the last one is thrown at the end, OutOfReach if it is a stream capture.
   GeneratorList restore_moved() const;
 
-  bool contains(const at::Generator& generator) const;
+  // `hint`: the place where it is nearly always, if it is there.
+  bool contains(const at::Generator& generator, size_t hint = 0) const;
   bool empty() const { return entries_ == nullptr; }
   size_t size() const { return entries().size(); }
-  const Entries& entries() const;
+  const Entries& entries() const { return entries_ ? *entries_ : none(); }
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.
   size_t nbytes(std::unordered_set<const void*>& seen) const;
   std::vector<std::string> names() const;
@@ -135,6 +134,7 @@ class RngSnapshot {
   using NewEntries = std::shared_ptr<Entries>;
   explicit RngSnapshot(NewEntries entries) : entries_(std::move(entries)) {}
   static Entries& made(NewEntries& entries);
+  static const Entries& none();
   static bool contains(const Entries& entries, const at::Generator& generator);
   // Adds where a generator stands now, unless it is there already.
   static void capture_one(NewEntries& entries, const at::Generator& generator);

@@ -24,20 +24,17 @@ CaptureInfo capture_info() {
 }  // namespace
 
 bool is_captured(c10::Device device) {
-  if (!c10::impl::hasDeviceGuardImpl(device.type())) {
+  const auto* guard = guard_of(device.type());
+  if (guard == nullptr) {
     return false;
   }
-  const auto* guard = c10::impl::getDeviceGuardImpl(device.type());
   const c10::Stream stream = guard->getStream(device);
   return stream.id() != 0 && guard->isStreamCapturing(stream);
 }
 
 bool current_device_is_captured(c10::DeviceType type) {
-  if (!c10::impl::hasDeviceGuardImpl(type)) {
-    return false;
-  }
-  const auto* guard = c10::impl::getDeviceGuardImpl(type);
-  return guard->isStreamCapturing(guard->getStream(guard->getDevice()));
+  const auto* guard = guard_of(type);
+  return guard != nullptr && guard->isStreamCapturing(guard->getStream(guard->getDevice()));
 }
 
 CaptureId capture_of(c10::Device device) {

@@ -44,6 +44,11 @@ constexpr CaptureId kNoCapture = 0;
 // can move.
 constexpr CaptureId kForeignCapture = ~CaptureId{0};
 
+// Null where a type has none, as the CPU.
+inline const c10::impl::DeviceGuardImplInterface* guard_of(c10::DeviceType type) {
+  return c10::impl::device_guard_impl_registry[static_cast<size_t>(type)].load();
+}
+
 // Is the current stream of `device` being captured? Some 20 ns where that is the default
 // stream, which CUDA does not capture; every look at a generator pays them.
 bool is_captured(c10::Device device);
@@ -52,8 +57,7 @@ bool is_captured(c10::Device device);
 // current device, as far as CUDA goes. For looks by torch's virtuals, which ask the
 // driver themselves.
 inline bool is_captured_unnoticed(c10::Device device) {
-  const auto* guard =
-      c10::impl::device_guard_impl_registry[static_cast<size_t>(device.type())].load();
+  const auto* guard = guard_of(device.type());
   return guard != nullptr && guard->getStream(device).id() != 0 &&
          !(device.is_cuda() && guard->getDevice() == device) && is_captured(device);
 }
