@@ -37,6 +37,7 @@ function(reprise_add_kernels target)
   set_target_properties(reprise_kernels PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
                         CUDA_RUNTIME_LIBRARY Shared CUDA_VISIBILITY_PRESET hidden)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:reprise_kernels>)
-  target_compile_definitions(${target} PRIVATE REPRISE_CUDA)
+  # Also where the core's precompiled header is used: GCC refuses it under other definitions.
+  target_compile_definitions(${target} PUBLIC REPRISE_CUDA)
   target_link_libraries(${target} PUBLIC CUDA::cudart)
 endfunction()

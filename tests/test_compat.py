@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -257,6 +258,13 @@ def _train_distributed(rank: int, port: int, static_graph: bool) -> None:
     # Not to the end of Python: a thread of gloo that lets go of the last barrier there asks for
     # the interpreter lock, in a destructor, and ends the process (plain DDP too, one run in ten).
     os._exit(0)
+
+
+def test_tested_versions_of_python_have_the_short_ways() -> None:
+    version = sys.version_info[:3]
+    assert _C.READS_FRAMES == ((3, 11) <= version < (3, 14))
+    # Python 3.13.0 does not tell when an attribute is set.
+    assert _C.SEES_CHANGES_OF_DICTS == (version < (3, 14) and version != (3, 13, 0))
 
 
 @pytest.mark.parametrize("static_graph", [False, True])

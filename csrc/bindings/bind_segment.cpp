@@ -8,6 +8,8 @@
 #include "bindings/bind.h"
 #include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
+#include "bindings/frames.h"
+#include "bindings/module_memo.h"
 #include "bindings/python_host.h"
 #include "bindings/python_object.h"
 #include "bindings/python_program.h"
@@ -365,6 +367,9 @@ void bind_segment(py::module_& module) {
     g_debug_setting = py::object(debug).release().ptr();
   });
   module.attr("SUPPRESSED") = kSuppressed;
+  // Which short ways this version of CPython has.
+  module.attr("READS_FRAMES") = reprise_frames_supported() != 0;
+  module.attr("SEES_CHANGES_OF_DICTS") = ModuleMemo::is_possible();
   py::class_<OpenSegment>(module, "OpenSegment")
       .def("end", &OpenSegment::end)
       .def("abandon", &OpenSegment::abandon);

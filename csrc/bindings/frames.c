@@ -1,22 +1,35 @@
-#include "bindings/frames.h"
+#include <patchlevel.h>
+#include <pyconfig.h>
 
-#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030C0000
+/* Each version that was read and tested: what the fields mean changes without their names
+   changing. Not without the interpreter lock: nobody has looked at those builds. */
+#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
 #define REPRISE_FRAMES 1
-#define Py_BUILD_CORE 1
-#define NEED_OPCODE_TABLES 1
+#define Py_BUILD_CORE 1 /* before Python.h, which is otherwise another one */
+#include <Python.h>
 #include <internal/pycore_context.h>
 #include <internal/pycore_frame.h>
 #include <internal/pycore_pystate.h>
+/* The table that gives back the opcode of a specialised one. */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-const-variable"
 #pragma GCC diagnostic ignored "-Wunused-variable"
+#if PY_VERSION_HEX >= 0x030D0000
+#define NEED_OPCODE_METADATA 1
+#include <internal/pycore_opcode_metadata.h>
+#undef NEED_OPCODE_METADATA
+#else
+#define NEED_OPCODE_TABLES 1
 #include <internal/pycore_opcode.h>
-#pragma GCC diagnostic pop
 #undef NEED_OPCODE_TABLES
+#endif
+#pragma GCC diagnostic pop
 #undef Py_BUILD_CORE
 #else
 #define REPRISE_FRAMES 0
 #endif
+
+#include "bindings/frames.h"
 
 int reprise_frames_supported(void) { return REPRISE_FRAMES; }
 
@@ -24,7 +37,38 @@ int reprise_frames_supported(void) { return REPRISE_FRAMES; }
 
 static const _PyInterpreterFrame* innermost(void) {
   PyThreadState* thread = PyGILState_GetThisThreadState();
+#if PY_VERSION_HEX >= 0x030D0000
+  return thread == NULL ? NULL : thread->current_frame;
+#else
   return thread == NULL || thread->cframe == NULL ? NULL : thread->cframe->current_frame;
+#endif
+}
+
+/* Since 3.12 there is a frame for each entry into the interpreter, which runs no code. */
+static int runs_code(const _PyInterpreterFrame* frame) {
+#if PY_VERSION_HEX >= 0x030C0000
+  return frame->owner != FRAME_OWNED_BY_CSTACK;
+#else
+  (void)frame;
+  return 1;
+#endif
+}
+
+static PyCodeObject* code_of(const _PyInterpreterFrame* frame) {
+#if PY_VERSION_HEX >= 0x030D0000
+  return (PyCodeObject*)frame->f_executable;
+#else
+  return frame->f_code;
+#endif
+}
+
+/* The instruction that executes; in a frame that has called another one, its call. */
+static const _Py_CODEUNIT* instruction_of(const _PyInterpreterFrame* frame) {
+#if PY_VERSION_HEX >= 0x030D0000
+  return frame->instr_ptr;
+#else
+  return frame->prev_instr;
+#endif
 }
 
 const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* instruction) {
@@ -33,24 +77,37 @@ const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* inst
   if (next == NULL) {
     return NULL;
   }
-  *code = next->f_code;
-  *instruction = _PyInterpreterFrame_LASTI(next) * (int)sizeof(_Py_CODEUNIT);
+  *code = NULL;
+  if (runs_code(next)) {
+    *code = code_of(next);
+    *instruction = (int)(instruction_of(next) - _PyCode_CODE(*code)) * (int)sizeof(_Py_CODEUNIT);
+  }
   return next;
 }
 
 const void* reprise_current_frame(const void** instruction) {
   const _PyInterpreterFrame* frame = innermost();
-  *instruction = frame == NULL ? NULL : frame->prev_instr;
+  *instruction = frame == NULL || !runs_code(frame) ? NULL : instruction_of(frame);
   return frame;
 }
 
 int reprise_handles_pending_calls_after(const void* instruction) {
-  if (instruction == NULL || !_Py_ThreadCanHandlePendingCalls()) {
+  if (instruction == NULL || !_Py_IsMainThread()) {
     return 0;
   }
-  /* A C function is called by PRECALL where it is specialised, else by CALL. */
   const int opcode = _PyOpcode_Deopt[_Py_OPCODE(*(const _Py_CODEUNIT*)instruction)];
-  return opcode == PRECALL || opcode == CALL || opcode == CALL_FUNCTION_EX;
+  switch (opcode) {
+    case CALL:
+    case CALL_FUNCTION_EX:
+#if PY_VERSION_HEX >= 0x030D0000
+    case CALL_KW:
+#elif PY_VERSION_HEX < 0x030C0000
+    case PRECALL: /* where a C function's call is specialised */
+#endif
+      return 1;
+    default:
+      return 0;
+  }
 }
 
 const void* reprise_context_variables(void) {

@@ -9,15 +9,96 @@ namespace {
 // Programs have hundreds of checkpointed modules at most; others come and go.
 constexpr size_t kMostMemos = 4096;
 
-uint64_t version_of([[maybe_unused]] PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000
+// With the interpreter lock:
+//   has_versions(): do the other two work?
+//   watched_version(dict): its version, never 0; kept from now on.
+//   version_of(address): that of the dict there; 0 or another one if the dict that was watched
+//     has changed, or is gone.
+#if PY_VERSION_HEX < 0x030D0000
+
+bool has_versions() { return true; }
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // in 3.12, which still keeps it
+uint64_t version_of(PyObject* dict) {
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  return 0;
-#endif
 }
+#pragma GCC diagnostic pop
+uint64_t watched_version(PyObject* dict) { return version_of(dict); }
+
+#elif PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+
+class Watcher {
+ public:
+  // Not in 3.13.0, which does not tell when an attribute is set, and not if all eight
+  // watchers of the interpreter are taken.
+  static bool exists() { return get().id_ >= 0; }
+
+  static uint64_t watched_version(PyObject* dict) {
+    Watcher& watcher = get();
+    const auto [place, is_new] = watcher.versions_.try_emplace(dict, watcher.last_ + 1);
+    if (is_new) {
+      ++watcher.last_;
+      if (PyDict_Watch(watcher.id_, dict) != 0) {  // not a dict, or not our watcher
+        PyErr_Clear();
+        watcher.versions_.erase(place);
+        return ++watcher.last_;  // of no dict: what depends on it never holds
+      }
+    }
+    return place->second;
+  }
+
+  static uint64_t version_of(PyObject* dict) {
+    const auto& versions = get().versions_;
+    const auto found = versions.find(dict);
+    return found == versions.end() ? 0 : found->second;
+  }
+
+ private:
+  Watcher() {
+    if (Py_Version >= 0x030D0100) {
+      id_ = PyDict_AddWatcher(on_change);
+      PyErr_Clear();
+    }
+  }
+  static Watcher& get() {
+    static auto& watcher = *new Watcher;
+    return watcher;
+  }
+
+  // Before the change. Another dict at the address of one that is gone is not watched.
+  static int on_change(PyDict_WatchEvent event, PyObject* dict, PyObject*, PyObject*) {
+    Watcher& watcher = get();
+    const auto found = watcher.versions_.find(dict);
+    if (found != watcher.versions_.end()) {
+      if (event == PyDict_EVENT_DEALLOCATED) {
+        watcher.versions_.erase(found);
+      } else {
+        found->second = ++watcher.last_;
+      }
+    }
+    return 0;
+  }
+
+  std::unordered_map<PyObject*, uint64_t> versions_;
+  uint64_t last_ = 0;
+  int id_ = -1;
+};
+
+bool has_versions() { return Watcher::exists(); }
+uint64_t version_of(PyObject* dict) { return Watcher::version_of(dict); }
+uint64_t watched_version(PyObject* dict) { return Watcher::watched_version(dict); }
+
+#else
+
+bool has_versions() { return false; }
+uint64_t version_of(PyObject*) { return 0; }
+uint64_t watched_version(PyObject*) { return 1; }
+
+#endif
 
 }  // namespace
+
+bool ModuleMemo::is_possible() { return has_versions(); }
 
 ModuleMemo& ModuleMemo::of(PyObject* module) {
   static auto& memos = *new std::unordered_map<PyObject*, ModuleMemo>;
@@ -33,7 +114,8 @@ void ModuleMemo::begin(How how) {
 }
 
 void ModuleMemo::watch(PyObject* owner, PyObject* dict) {
-  watched_.push_back({owner, owner != nullptr ? Py_TYPE(owner) : nullptr, dict, version_of(dict)});
+  watched_.push_back(
+      {owner, owner != nullptr ? Py_TYPE(owner) : nullptr, dict, watched_version(dict)});
 }
 
 void ModuleMemo::add_tensor(PyObject* tensor, const Reached& reached, bool requires_grad,

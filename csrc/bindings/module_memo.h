@@ -1,11 +1,12 @@
 // What a search through a module and its submodules found, kept for the next one.
 //
 // A block has some ten modules with five dicts each, and a checkpointed block is searched
-// at every call. CPython (3.10, 3.11) gives a dict another version, which it does not use
-// twice, with every change. So a search is over when the versions of the dicts that the
-// last one read are what they were. What has no version (lists, functions with their
-// closures) is looked at each time. Later versions of CPython have no such number for
-// extensions: there every search is a search.
+// at every call. So dicts have versions, another one after every change and none used twice,
+// and a search is over when the versions of the dicts that the last one read are what they
+// were. CPython keeps such a number in each dict up to 3.12. In 3.13 an attribute that is
+// set leaves it as it is; there a watcher, which CPython calls before every change of a dict
+// that it was set on, keeps versions of its own (not in 3.13.0, which forgets some). What has no
+// version (lists, functions with their closures) is looked at each time.
 //
 // No references are held: an unchanged dict keeps what the memo points to. Dicts are
 // compared in the order in which they were met, a dict before what lies in it, so that
@@ -26,11 +27,8 @@ namespace reprise::bindings {
 class ModuleMemo {
  public:
   ModuleMemo() = default;
-#if PY_VERSION_HEX < 0x030C0000
-  static constexpr bool kPossible = true;
-#else
-  static constexpr bool kPossible = false;
-#endif
+  // Can changes of a dict be seen in this version of CPython?
+  static bool is_possible();
 
   // Of this module; one that holds nothing if there is none yet. Valid until the next call.
   static ModuleMemo& of(PyObject* module);

@@ -373,7 +373,7 @@ class Search {
   // another one may be of modules that were met before.
   void module(PyObject* object, bool certain) {
     const bool is_first = seen_.empty() && many_seen_.empty() && known_ == nullptr;
-    if (!ModuleMemo::kPossible || sought_ != nullptr || memos_in_use_ || !is_first) {
+    if (!ModuleMemo::is_possible() || sought_ != nullptr || memos_in_use_ || !is_first) {
       search_module(object, certain);
       return;
     }

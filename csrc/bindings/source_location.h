@@ -13,7 +13,7 @@
 // made anew in a loop are then not told).
 //
 // The layout of frames is CPython's own. It is read here for the versions that
-// were tested (3.11); elsewhere the public API is used under the lock.
+// were tested (3.11 to 3.13); elsewhere the public API is used under the lock.
 #pragma once
 
 #include <Python.h>

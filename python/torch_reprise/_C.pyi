@@ -37,6 +37,8 @@ class OpenSegment:
 
 TRACED: object
 SUPPRESSED: str
+READS_FRAMES: bool
+SEES_CHANGES_OF_DICTS: bool
 
 class Recording:
     @property

@@ -227,7 +227,8 @@ def test_torch_cannot_step_the_optimizer_during_the_backward_of_ddp_on_the_cpu()
     net = Net(plain, [*blocks()])
     _apply_optimizer_in_backward(torch.optim.SGD, net.parameters(), {"lr": 0.05})
     model = DistributedDataParallel(net)
-    with pytest.raises(RuntimeError, match="Cannot access accelerator device"):
+    # A build with CUDA asks the driver instead.
+    with pytest.raises(RuntimeError, match="Cannot access accelerator device|CUDA error"):
         model(batch()).sum().backward()
 
 
