@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # torch would import it where debug=True is first used, and keep the frames
 from helpers import Run, both_forms, checkpointed, leaf, message_of, plain
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -318,3 +319,26 @@ def test_a_parameter_changed_before_backward_is_noticed_when_it_is_an_argument()
         w.mul_(0.9)
     text = message_of(RuntimeError, lambda: out.sum().backward())
     assert "modified by an inplace operation" in text
+
+
+def test_a_context_that_keeps_the_exception_of_a_replay_does_not_keep_its_tensors() -> None:
+    kept: list[BaseException] = []
+
+    class Keeps:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+            if error is not None:
+                kept.append(error)
+
+    function, witness = witnessed()
+
+    def inside(x: Tensor) -> Tensor:
+        with Keeps():
+            return function(x)
+
+    checkpointed()(inside, leaf(8)).sum().backward()
+    assert [type(error).__name__ for error in kept] == ["EarlyStop"]
+    assert kept[0].__traceback__ is None
+    del function, inside
+    assert witness() is None

@@ -259,6 +259,24 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
                          suppressed);
 }
 
+namespace {
+
+// The frames that an exception passed through go with it. Where one of them has it in a variable
+// (what contextlib makes, before 3.11) they are a cycle, which would keep all of fn's tensors until
+// garbage is collected.
+void clear_error_and_traceback() {
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  if (value != nullptr && PyExceptionInstance_Check(value)) {
+    PyException_SetTraceback(value, Py_None);
+  }
+  Py_XDECREF(type);
+  Py_XDECREF(value);
+  Py_XDECREF(traceback);
+}
+
+}  // namespace
+
 Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
                                     const std::atomic<bool>& stopped) {
   const StopScope scope;
@@ -274,7 +292,7 @@ Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
   if (stop) {
     const bool untouched = PyErr_ExceptionMatches(early_stop_type()) != 0;
     if (untouched || PyErr_ExceptionMatches(PyExc_Exception) != 0) {
-      PyErr_Clear();
+      clear_error_and_traceback();
       return untouched ? Outcome::kStopped : Outcome::kWentOnAfterStop;
     }
   }
