@@ -342,3 +342,17 @@ def test_a_context_that_keeps_the_exception_of_a_replay_does_not_keep_its_tensor
     assert kept[0].__traceback__ is None
     del function
     assert witness() is None
+
+
+def test_an_exception_of_the_function_keeps_its_traceback() -> None:
+    kept: list[Exception] = []
+
+    def goes_on(x: Tensor) -> Tensor:
+        try:
+            return x.sin().exp()
+        except BaseException:  # swallows the stop, and fails in its place
+            kept.append(ValueError("mine"))
+            raise kept[0] from None
+
+    checkpointed()(goes_on, leaf(8)).sum().backward()
+    assert len(kept) == 1 and kept[0].__traceback__ is not None

@@ -62,6 +62,18 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
 
 namespace {
 
+// The exception that ends a replay lets go of the frames that it passed through. Where one of them
+// has it in a variable (what contextlib makes, before 3.11) they are a cycle, which would keep all
+// of fn's tensors until garbage is collected.
+void clear_early_stop() {
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  const Ref owned[] = {Ref::steal(type), Ref::steal(value), Ref::steal(traceback)};
+  if (value != nullptr && PyExceptionInstance_Check(value)) {
+    PyException_SetTraceback(value, Py_None);
+  }
+}
+
 // Segments that begin under the same variables share a copy of them. All guarded by the
 // interpreter lock; null while no program has the copy, for it keeps what the variables hold.
 PyObject* g_shared_copy = nullptr;
@@ -259,24 +271,6 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
                          suppressed);
 }
 
-namespace {
-
-// The frames that an exception passed through go with it. Where one of them has it in a variable
-// (what contextlib makes, before 3.11) they are a cycle, which would keep all of fn's tensors until
-// garbage is collected.
-void clear_error_and_traceback() {
-  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
-  PyErr_Fetch(&type, &value, &traceback);
-  if (value != nullptr && PyExceptionInstance_Check(value)) {
-    PyException_SetTraceback(value, Py_None);
-  }
-  Py_XDECREF(type);
-  Py_XDECREF(value);
-  Py_XDECREF(traceback);
-}
-
-}  // namespace
-
 Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
                                     const std::atomic<bool>& stopped) {
   const StopScope scope;
@@ -292,7 +286,7 @@ Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
   if (stop) {
     const bool untouched = PyErr_ExceptionMatches(early_stop_type()) != 0;
     if (untouched || PyErr_ExceptionMatches(PyExc_Exception) != 0) {
-      clear_error_and_traceback();
+      untouched ? clear_early_stop() : PyErr_Clear();
       return untouched ? Outcome::kStopped : Outcome::kWentOnAfterStop;
     }
   }
