@@ -53,28 +53,26 @@ def setting(read: Callable[[], Any], write: Callable[[Any], object], value: Any)
         write(before)
 
 
-class AlteredFunction(TorchFunctionMode):
+class _Altered:
+    def __init__(self, altered: Any, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.altered, self.change = altered, change
+
+    def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self.change(result) if func is self.altered else result
+
+
+class AlteredFunction(_Altered, TorchFunctionMode):
     """Changes the results of one function of torch."""
 
-    def __init__(self, function: Any, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function, self.change = function, change
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return self.change(result) if func is self.function else result
+    __torch_function__ = _Altered.call
 
 
-class AlteredOperator(TorchDispatchMode):
+class AlteredOperator(_Altered, TorchDispatchMode):
     """Changes the results of one operator."""
 
-    def __init__(self, operator: Any, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.operator, self.change = operator, change
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return self.change(result) if func is self.operator else result
+    __torch_dispatch__ = _Altered.call
 
 
 def random_steps(
