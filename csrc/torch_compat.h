@@ -214,8 +214,7 @@ std::vector<std::optional<at::Tensor>> wrap_outputs(
 // A tensor's values without its history: the tensor itself if it has none, be it
 // a leaf or not. For plain tensors this skips the dispatcher (a tenth of the cost
 // of at::Tensor::detach); everything that has behaviour of its own (subclasses,
-// functorch wrappers, ...) takes the long way. What it makes has a version counter
-// of its own, so that SavedVariable takes it over instead of copying it again.
+// functorch wrappers, ...) takes the long way.
 at::Tensor values_of(const at::Tensor& tensor);
 
 // A dense tensor with a storage and without behaviour of its own.

@@ -8,7 +8,7 @@ import gc
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_reprise import CheckpointPolicy, checkpoint, ledger
+from torch_reprise import Checkpointer, CheckpointPolicy, checkpoint, ledger
 from torch_reprise import __main__ as cli
 from torch_reprise._bench import (
     _child,
@@ -128,9 +128,43 @@ def test_replay_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixtur
     rows = read(path)
     assert tuple(rows[0]) == replay.COLUMNS
     options = {(r["program"], r["variant"]) for r in rows if r["measurement"] == "added"}
-    assert options == {(p, o) for p in replay.programs() for o in replay.OPTIONS}
+    assert options == {
+        *((p, o) for p in replay.programs() for o in replay.OPTIONS),
+        *((p, w) for p in replay.watched_programs() for w in replay.WATCHING),
+    }
     assert all(float(r["value"]) > 0 for r in rows if r["measurement"] in ("step", "bitwise"))
     assert "BatchNorm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", replay.WATCHING)
+def test_replay_watches_as_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[int, bool]] = []  # rows of the recording, and whether it has events
+    options: list[dict[str, Any]] = []
+
+    def checkpointer(**given: Any) -> Checkpointer:
+        options.append(given)
+        return Checkpointer(**given)
+
+    monkeypatch.setattr(replay, "Checkpointer", checkpointer)
+    around, given = replay.WATCHING[name]
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        with around() as recording:
+            yield
+        if isinstance(recording, ledger.Recording):
+            found.append((len(recording.rows), any(recording.events)))
+
+    value = torch.randn(2, requires_grad=True)
+    replay.watched_step((watched, given), torch.tanh, value)
+    assert value.grad is not None
+    assert found == {
+        "recording": [(replay.SEGMENTS, True)],
+        "recording, no events": [(replay.SEGMENTS, False)],
+    }.get(name, [])
+    assert options == [
+        {"bitwise": {"determinism_check": "bitwise"}, "debug": {"debug": True}}.get(name, {})
+    ]
 
 
 def test_selective_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@
     >>> r.save("report.html")               # doctest: +SKIP
 
 Counters cost a segment a few nanoseconds; a recording costs a microsecond per
-segment and, for its events, two per saved tensor while it is on, and nothing when
-it is off. Nothing here prints. What draws is imported when it is asked for.
+segment and, for its events, up to one per saved tensor while it is on, and nothing
+when it is off (``python -m torch_reprise bench replay``). Nothing here prints. What draws is imported when it is asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What it costs that a replay is the forward again: settings, state, bitwise comparison.
+"""What it costs that a replay is the forward again: settings, state, watching, bitwise comparison.
 
 ``python benchmarks/replay.py [--rounds N] [--quick] [--csv FILE]``
 
@@ -6,6 +6,9 @@
   without the ambient state (``ambient="ignore"``), without what the function reaches
   (``preserve_state=False``), and without both; what each adds to the last. For an operator, a
   module without buffers, one with.
+* watching: what a recording, the bitwise comparison and ``debug=True`` add to such a share while
+  they are on. "off again" is the same step as "off", timed between the others in every round: what
+  stays of them when they are off, and how much noise is in the figures.
 * bitwise: bytes a second of the fingerprint beside those of ``copy_`` (which is ``memcpy``, and
   reads and writes), on one thread and on all, for a large tensor; nanoseconds for a small one.
 """
@@ -13,22 +16,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _C
+from .. import _C, ledger
 from ..checkpoint import Checkpointer
 from ._command import Command, Options, Report
-from ._common import Screen, Summary, Table, calibrate, cores, interleave, torch_threads
+from ._common import Screen, Summary, Table, Thunk, calibrate, cores, interleave, torch_threads
+from ._programs import STATISTICS, matmul_tanh
 
 COLUMNS = ("measurement", "program", "variant", "statistic", "value", "unit")
 COMMAND = Command(
     "replay",
-    "Cost of the ambient state, of buffers and versions, and of the bitwise comparison.",
+    "Cost of the ambient state, of buffers and versions, of recordings, debug and comparisons.",
     target_s=0.08,
     draws=False,
 )
@@ -42,7 +47,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def programs() -> dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]]:
+# How a segment is watched: around the step, and in the options of its segments.
+Watching = tuple[Callable[[], AbstractContextManager[object]], dict[str, Any]]
+WATCHING: dict[str, Watching] = {
+    "off": (nullcontext, {}),
+    "off again": (nullcontext, {}),
+    "recording, no events": (partial(ledger.record, events=False), {}),
+    "recording": (ledger.record, {}),
+    "bitwise": (nullcontext, {"determinism_check": "bitwise"}),
+    "debug": (nullcontext, {"debug": True}),
+}
+
+Program = Callable[[Tensor], Tensor]
+# By program and variant: a step, and what it takes longer than the first variant, in seconds.
+Shares = dict[str, dict[str, tuple[Summary, Summary]]]
+
+
+def programs() -> dict[str, tuple[Program, tuple[int, ...]]]:
     return {
         "tanh": (torch.tanh, (4, 4)),
         "Linear, Tanh": (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (4, 4)),
@@ -50,31 +71,46 @@ def programs() -> dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]]:
     }
 
 
-def added_by_options(
-    screen: Screen, options: Options
-) -> dict[str, dict[str, tuple[Summary, Summary]]]:
-    """By program and variant: a step, and what it takes longer than without both, in seconds."""
-    found: dict[str, dict[str, tuple[Summary, Summary]]] = {}
-    with screen.progress("options", options.rounds * len(programs())) as bar:
-        for program, (function, shape) in programs().items():
-            value = torch.randn(shape, requires_grad=True)
+def watched_programs() -> dict[str, tuple[Program, tuple[int, ...]]]:
+    return {
+        "tanh": (torch.tanh, (4, 4)),
+        "8 x (matmul, tanh)": (matmul_tanh().chain[0], (4, 4)),
+    }
 
-            def step(run: Checkpointer, f: Any, x: Tensor) -> None:
-                for _ in range(SEGMENTS):
-                    x = run(f, x)
-                torch.autograd.backward(x.sum())
 
-            thunks = {
-                name: partial(step, Checkpointer(**given), function, value)
-                for name, given in OPTIONS.items()
-            }
+def step(run: Checkpointer, function: Program, value: Tensor) -> None:
+    """Forward and backward of a chain of ``SEGMENTS`` segments."""
+    for _ in range(SEGMENTS):
+        value = run(function, value)
+    torch.autograd.backward(value.sum())
+
+
+def watched_step(watching: Watching, function: Program, value: Tensor) -> None:
+    around, given = watching
+    with around():
+        step(Checkpointer(**given), function, value)
+
+
+def shares(
+    screen: Screen,
+    options: Options,
+    label: str,
+    programs: Mapping[str, tuple[Program, tuple[int, ...]]],
+    variants: Callable[[Program, Tensor], Mapping[str, Thunk]],
+) -> Shares:
+    """Times ``variants(function, value)`` of each program in turn, a step of ``SEGMENTS`` each."""
+    found: Shares = {}
+    with screen.progress(label, options.rounds * len(programs)) as bar:
+        for program, (function, shape) in programs.items():
+            thunks = variants(function, torch.randn(shape, requires_grad=True))
+            first = next(iter(thunks))
             times = interleave(
                 thunks,
                 rounds=options.rounds,
-                inner=calibrate(thunks["neither"], options.target_s),
-                after_round=lambda p=program: bar.step(p),  # type: ignore[misc]
+                inner=calibrate(thunks[first], options.target_s),
+                after_round=partial(bar.step, program),
             )
-            base = times["neither"]
+            base = times[first]
             found[program] = {
                 name: (
                     Summary(min(series) / SEGMENTS, statistics.median(series) / SEGMENTS),
@@ -87,6 +123,44 @@ def added_by_options(
                 for name, series in times.items()
             }
     return found
+
+
+def added_by_options(screen: Screen, options: Options) -> Shares:
+    def variants(function: Program, value: Tensor) -> Mapping[str, Thunk]:
+        return {
+            name: partial(step, Checkpointer(**given), function, value)
+            for name, given in OPTIONS.items()
+        }
+
+    return shares(screen, options, "options", programs(), variants)
+
+
+def added_by_watching(screen: Screen, options: Options) -> Shares:
+    def variants(function: Program, value: Tensor) -> Mapping[str, Thunk]:
+        return {
+            name: partial(watched_step, watching, function, value)
+            for name, watching in WATCHING.items()
+        }
+
+    return shares(screen, options, "watching", watched_programs(), variants)
+
+
+def tabulate(title: str, first: str, found: Shares) -> tuple[Table, list[Sequence[object]]]:
+    """A row for each program: a segment's share of the first variant's step, what others add."""
+    names = list(next(iter(found.values())))
+    table = Table(title, ("", first, *names[1:]))
+    lines: list[Sequence[object]] = []
+    for program, variants in found.items():
+        cells = [f"{variants[names[0]][0].min * 1e6:.1f}"]
+        for name, (taken, added) in variants.items():
+            for statistic in STATISTICS:
+                for kind, summary in (("step", taken), ("added", added)):
+                    value = getattr(summary, statistic) * 1e6
+                    lines.append([kind, program, name, statistic, value, "us"])
+            if name != names[0]:
+                cells.append(f"{added.min * 1e6:.2f} / {added.median * 1e6:.2f}")
+        table.add(program, *cells)
+    return table, lines
 
 
 def bandwidths(screen: Screen, options: Options) -> dict[tuple[str, str], Summary]:
@@ -122,26 +196,18 @@ def bandwidths(screen: Screen, options: Options) -> dict[tuple[str, str], Summar
 
 
 def run(screen: Screen, options: Options) -> Report:
-    steps = added_by_options(screen, options)
-    rates = bandwidths(screen, options)
-    lines: list[Sequence[object]] = []
-    cost = Table(
+    cost, lines = tabulate(
         "Microseconds that one segment takes longer, forward and replay (min / median)",
-        ("", "share of a step without both", *(name for name in OPTIONS if name != "neither")),
+        "share of a step without both",
+        added_by_options(screen, options),
     )
-    for program, variants in steps.items():
-        cells = [f"{variants['neither'][0].min * 1e6:.1f}"]
-        for name, (step, added) in variants.items():
-            for statistic in ("min", "median"):
-                lines.append(
-                    ["step", program, name, statistic, getattr(step, statistic) * 1e6, "us"]
-                )
-                lines.append(
-                    ["added", program, name, statistic, getattr(added, statistic) * 1e6, "us"]
-                )
-            if name != "neither":
-                cells.append(f"{added.min * 1e6:.2f} / {added.median * 1e6:.2f}")
-        cost.add(program, *cells)
+    watching, watched_lines = tabulate(
+        "Microseconds that one segment takes longer while it is watched (min / median)",
+        "share of a step, off",
+        added_by_watching(screen, options),
+    )
+    lines += watched_lines
+    rates = bandwidths(screen, options)
     speed = Table(
         "Bitwise comparison: GB/s of 64 MiB of float32 (best / median)",
         ("", "fingerprint", "copy_", "ratio of the medians"),
@@ -149,7 +215,7 @@ def run(screen: Screen, options: Options) -> Report:
     )
     failures = []
     for name, where in rates:
-        for statistic in ("min", "median"):
+        for statistic in STATISTICS:
             unit = "ns" if where == "64 floats" else "GB/s"
             kind = "best" if statistic == "min" else statistic
             lines.append(
@@ -166,7 +232,7 @@ def run(screen: Screen, options: Options) -> Report:
             )
             if ratio < 0.5 and not options.quick:
                 failures.append(f"{where}: less than half of copy_'s bandwidth")
-    return Report([cost, speed], COLUMNS, lines, failures=failures)
+    return Report([cost, watching, speed], COLUMNS, lines, failures=failures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
