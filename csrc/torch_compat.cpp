@@ -334,6 +334,7 @@ void set_chain_token(uint64_t token) {
     // Threads of a backward may still have the last one.
     thread_local std::shared_ptr<ChainToken> last;
     if (last && last.use_count() == 1) {
+      std::atomic_thread_fence(std::memory_order_acquire);  // whoever had it has read it
       last->number = token;
     } else {
       last = std::make_shared<ChainToken>(token);

@@ -34,7 +34,7 @@ namespace reprise::compat {
 //
 // Note [Native hooks]
 //
-//   for _ in range(24): x = torch.tanh(x @ w)      # 24 saved tensors
+//   for _ in range(8): x = torch.tanh(x @ w)      # 24 saved tensors
 //
 // With Python hooks on torch's stack, SavedVariable takes the interpreter lock
 // three times per saved tensor and wraps the tensor into a Python object, even
@@ -155,7 +155,7 @@ std::optional<c10::SafePyObject> current_group();
 void at_end_of_graph_task(std::function<void()> callback);
 
 // A number that torch carries to whatever threads the backward calls begun on
-// this thread run on; 0 if none is set. See rng/generator_lease.h.
+// this thread run on; 0 if none is set. See lease.h.
 uint64_t chain_token();
 void set_chain_token(uint64_t token);
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import os
+import random
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from helpers import both_forms
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from torch_reprise import _C, CheckpointError, GraphExecGroup, checkpoint, ledger
+from torch_reprise import (
+    _C,
+    Checkpointer,
+    CheckpointError,
+    GraphExecGroup,
+    checkpoint,
+    is_recomputing,
+    ledger,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +226,188 @@ def test_a_fork_while_another_thread_has_the_turn() -> None:
 
     in_threads(lambda: slow_out.sum().backward(), fork)
     assert status == [0]
+
+
+# --- what belongs to all threads and a replay changes for a while
+
+
+def backward_in_threads(outs: list[Tensor]) -> None:
+    in_threads(*(out.sum().backward for out in outs))
+
+
+@both_forms
+def test_a_batch_norm_whose_segments_go_backward_in_several_threads(use_reentrant: bool) -> None:
+    """Replays exchange the values of its buffers: in turns, and without giving memory away."""
+    found = []
+    for run in (lambda f, x: f(x), functools.partial(checkpoint, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.BatchNorm1d(64))
+        inputs = [torch.randn(64, 16, requires_grad=True) for _ in range(6)]
+        for _ in range(10):
+            backward_in_threads([run(module, x) for x in inputs])
+        found.append([*module.buffers(), *(x.grad for x in inputs)])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_batch_norm_that_another_thread_uses_during_replays() -> None:
+    """Its memory stays where it is: nobody reads or writes what was given back."""
+    module = torch.nn.BatchNorm1d(64)
+    value = torch.randn(64, 64)
+    over = threading.Event()
+
+    def forwards() -> None:
+        while not over.is_set():
+            with torch.no_grad():
+                module(value)
+
+    def replays() -> None:
+        try:
+            for _ in range(300):
+                run(module, value.clone().requires_grad_()).sum().backward()
+        finally:
+            over.set()
+
+    where = [b.data_ptr() for b in module.buffers()]
+    in_threads(forwards, replays)
+    assert [b.data_ptr() for b in module.buffers()] == where
+
+
+@both_forms
+def test_settings_after_replays_that_overlap(use_reentrant: bool) -> None:
+    def fn(x: Tensor) -> Tensor:
+        if is_recomputing():
+            time.sleep(0.005)
+        return (x * torch.tensor(2.0).to(x.dtype)).sin() + (torch.get_default_dtype().itemsize - 8)
+
+    def values() -> tuple[object, ...]:
+        backends = torch.backends.cuda
+        return (
+            torch.get_default_dtype(),
+            backends.flash_sdp_enabled(),
+            backends.math_sdp_enabled(),
+        )
+
+    before = values()
+    inputs = [leaf() for _ in range(4)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            outs = [checkpoint(fn, x, use_reentrant=use_reentrant) for x in inputs]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values() == before
+    backward_in_threads(outs)
+    assert values() == before
+    assert all(torch.equal(x.grad, inputs[0].grad) for x in inputs)
+
+
+@both_forms
+def test_modules_and_objects_after_replays_that_overlap(use_reentrant: bool) -> None:
+    class State:
+        steps = 0
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, state: State) -> Tensor:
+            if is_recomputing():
+                time.sleep(0.002)
+            state.steps += 1
+            return (x * (2 if self.training else 3)).sin() * state.steps
+
+    expected: list[Tensor] = []
+    for run in (
+        lambda f, *args: f(*args),
+        functools.partial(checkpoint, use_reentrant=use_reentrant),
+    ):
+        module, state = Block(), State()
+        inputs = [leaf() for _ in range(4)]
+        outs = [run(module, x, state) for x in inputs]
+        module.eval()
+        backward_in_threads(outs)
+        assert not module.training
+        assert state.steps == 4
+        gradients = [x.grad for x in inputs if x.grad is not None]
+        expected = expected or gradients
+        assert all(map(torch.equal, gradients, expected))
+
+
+def test_host_generators_of_replays_in_several_threads() -> None:
+    def fn(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = (x * random.random()).sin()
+            time.sleep(0.0005)
+        return x
+
+    found = []
+    for run in (lambda f, x: f(x), Checkpointer(preserve_host_rng=True)):
+        random.seed(3)
+        inputs = [leaf() for _ in range(4)]
+        outs = [run(fn, x) for x in inputs]
+        state = random.getstate()
+        backward_in_threads(outs)
+        assert random.getstate() == state
+        found.append([x.grad for x in inputs])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_replay_that_is_forgotten_while_it_runs_is_freed_without_a_lock() -> None:
+    """One thread ends the group in which another one replays; a third reads the counters."""
+    for _ in range(30):
+        running = threading.Event()
+
+        def fn(x: Tensor) -> Tensor:
+            y = x.sin()
+            if is_recomputing() and not running.is_set():  # noqa: B023
+                running.set()  # noqa: B023
+                time.sleep(0.01)
+            return y.cos()
+
+        out = run(fn, leaf()).sum()
+        group = GraphExecGroup()
+
+        def backward() -> None:
+            with group:  # noqa: B023
+                out.backward()  # noqa: B023
+
+        thread = threading.Thread(target=backward)
+        thread.start()
+        running.wait()
+        with group:
+            pass
+        while thread.is_alive():
+            ledger.live_slots()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_forks_while_another_thread_begins_segments() -> None:
+    """No lock of ours is held by a thread that is not in the child."""
+    over = threading.Event()
+
+    def segments() -> None:
+        while not over.is_set():
+            names: dict[str, Any] = {}
+            exec("def f(x):\n" + "    x = x.sin()\n" * 20 + "    return x", names)
+            run(names["f"], leaf()).sum().backward()
+
+    def forks() -> None:
+        try:
+            for _ in range(40):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(5)  # ends a child that hangs
+                    names: dict[str, Any] = {}
+                    exec("def f(x): return x.sin().cos()", names)
+                    run(names["f"], torch.ones(4, requires_grad=True))
+                    ledger.live_slots()
+                    ledger.stashed_bytes()
+                    os._exit(0)
+                _, status = os.waitpid(child, 0)
+                hung.append(os.WIFSIGNALED(status))
+        finally:
+            over.set()
+
+    hung: list[bool] = []
+    in_threads(segments, forks)
+    # torch and CPython have locks of their own that may be held at a fork, seldom.
+    assert sum(hung) <= 1

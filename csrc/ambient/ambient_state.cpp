@@ -9,6 +9,8 @@
 
 #include "ambient/cast_cache.h"
 #include "host.h"
+#include "rng/rng_snapshot.h"
+#include "rng/stream_capture.h"
 
 namespace reprise {
 
@@ -124,6 +126,7 @@ AmbientState AmbientState::capture() {
 
 void AmbientState::note() {
   flags_ = TorchFlags::current();
+  device_ = current_accelerator_device();
   autocast_ = AutocastState::current();
   inside_autocast_ = autocast_nesting() > 0;
   if (inside_autocast_) {
@@ -197,25 +200,50 @@ std::string AmbientState::settings_diff() const {
   return text;
 }
 
+namespace {
+
+constexpr char kSettings = 0;  // its address is what a lease of the settings is of
+
+// Makes no context for it.
+void set_device(std::optional<c10::Device> device) {
+  if (device.has_value()) {
+    const auto* guard = guard_of(device->type());
+    if (guard->getDevice() != *device) {
+      guard->uncheckedSetDevice(*device);
+    }
+  }
+}
+
+}  // namespace
+
 AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
     : active_(state.flags_ != nullptr) {
   if (!active_) {
     return;
   }
-  // First, since it may throw.
+  // First what may throw.
   const bool shares_casts =
       state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
+  const bool needs_cpu = !state.has_default_device_ && default_device_is_set();
+  const auto cpu = needs_cpu ? host().cpu_device_mode() : nullptr;
+  if (Lease::held_by_others(Lease::Kind::kSettings) || *state.flags_ != *TorchFlags::current()) {
+    settings_.emplace(Lease::Kind::kSettings, Lease::Keys{&kSettings},
+                      [](size_t) { return std::string("the settings of torch"); });
+  }
   if (inside_fn) {
     set_aside<PythonTorchFunctionTLS>(0, state.function_modes_, own_function_modes_);
     set_aside<TorchDispatchModeTLS>(infra_modes(), state.dispatch_modes_, own_dispatch_modes_);
   }
+  // fn may be the first to use an accelerator.
+  outer_device_ = current_accelerator_device();
+  set_device(state.device_);
   outer_flags_ = TorchFlags::current();
   outer_autocast_ = state.autocast_.counterpart();
   if (state.flags_ != outer_flags_) {
     state.flags_->apply(*outer_flags_);
   }
-  if (!state.has_default_device_ && default_device_is_set()) {
-    PythonTorchFunctionTLS::push_onto_stack(host().cpu_device_mode());
+  if (needs_cpu) {
+    PythonTorchFunctionTLS::push_onto_stack(cpu);
     ++function_modes_;
   }
   begin_autocast(state, shares_casts, inside_fn);
@@ -282,6 +310,7 @@ AmbientScope::~AmbientScope() {
   if (clears_casts_) {
     empty_cast_cache();
   }
+  set_device(outer_device_);
   if (const auto& now = TorchFlags::current(); now != outer_flags_) {
     outer_flags_->apply(*now);
   }

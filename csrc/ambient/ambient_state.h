@@ -12,7 +12,9 @@
 //                   are not around the replay, which enters them again.
 //   default device  is a TorchFunction mode of torch's. One that is active around the
 //                   replay alone is no observer: the CPU's is pushed on top of it.
-//   settings        of the process (torch_flags.h)
+//   device          the current one of an accelerator: torch.cuda.device(1). Its current
+//                   stream is left alone.
+//   settings        of the process (torch_flags.h). Replays that change some take turns.
 //
 // Python's context variables are the program's (bindings/python_program.h). What is left
 // alone, and why, is in docs/replay.md.
@@ -20,15 +22,18 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/Device.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/SmallVector.h>
 
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "ambient/torch_flags.h"
+#include "lease.h"
 
 namespace reprise {
 
@@ -75,6 +80,7 @@ class AmbientState {
   using DispatchMode = std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>;
 
   std::shared_ptr<const TorchFlags> flags_;  // null: nothing was noted
+  std::optional<c10::Device> device_;
   bool has_default_device_ = false;
   bool inside_autocast_ = false;  // in a context of autocast, be it on or off
   at::Tensor cast_cache_;         // which one that was, see cast_cache.h
@@ -95,7 +101,9 @@ class AmbientScope {
 
  private:
   bool active_;
+  std::optional<Lease> settings_;  // while they are other ones than around the replay
   std::shared_ptr<const TorchFlags> outer_flags_;
+  std::optional<c10::Device> outer_device_;
   AutocastState outer_autocast_;
   bool clears_casts_ = false;
   bool nests_ = false;

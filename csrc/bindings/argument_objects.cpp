@@ -53,26 +53,47 @@ bool same_items(PyObject* a, PyObject* b) {
   return true;
 }
 
-// Is the dict what `begin` is a copy of?
-bool as_it_was(PyObject* dict, PyObject* begin) {
-  if (PyDict_GET_SIZE(dict) != PyDict_GET_SIZE(begin)) {
-    return false;
-  }
+// The keys under which the dict has something else than `begin`, a copy of it; null if none.
+Ref changed_keys(PyObject* dict, PyObject* begin) {
+  Ref keys;
+  const auto add = [&keys](PyObject* key) {
+    if (!keys) {
+      keys = checked(PySet_New(nullptr));
+    }
+    if (PySet_Add(keys.get(), key) != 0) {
+      throw_python_error();
+    }
+  };
   PyObject *key = nullptr, *value = nullptr;
   for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value) != 0;) {
     PyObject* then = PyDict_GetItem(begin, key);
     if (then == nullptr || (is_container(value) ? !same_items(value, then) : value != then)) {
-      return false;
+      add(key);
     }
   }
-  return true;
+  for (Py_ssize_t position = 0; PyDict_Next(begin, &position, &key, &value) != 0;) {
+    if (PyDict_GetItem(dict, key) == nullptr) {
+      add(key);
+    }
+  }
+  return keys;
 }
 
-void set_content(PyObject* dict, PyObject* content) {
-  PyDict_Clear(dict);
-  if (PyDict_Update(dict, content) != 0) {
-    throw_python_error();
+// Gives the dict what `from` has under `keys`, an iterable. An error is left set.
+bool copy_items(PyObject* dict, PyObject* from, PyObject* keys) {
+  const Ref iterator = Ref::steal(PyObject_GetIter(keys));
+  while (iterator) {
+    const Ref key = Ref::steal(PyIter_Next(iterator.get()));
+    if (!key) {
+      break;
+    }
+    if (PyObject* value = PyDict_GetItem(from, key.get())) {
+      PyDict_SetItem(dict, key.get(), value);
+    } else if (PyDict_GetItem(dict, key.get()) != nullptr) {
+      PyDict_DelItem(dict, key.get());
+    }
   }
+  return PyErr_Occurred() == nullptr;
 }
 
 }  // namespace
@@ -82,7 +103,7 @@ void ArgumentObjects::note(const std::vector<PyObject*>& objects) {
     const bool of_many = PyType_Check(object) || PyModule_Check(object);
     PyObject** dict = of_many ? nullptr : _PyObject_GetDictPtr(object);
     if (dict != nullptr && *dict != nullptr && PyDict_CheckExact(*dict)) {
-      noted_.push_back({Ref::borrow(*dict), copy_of(*dict)});
+      noted_.push_back({Ref::borrow(*dict), copy_of(*dict), Ref()});
     }
   }
 }
@@ -90,30 +111,50 @@ void ArgumentObjects::note(const std::vector<PyObject*>& objects) {
 void ArgumentObjects::settle() {
   std::vector<Noted> changed;
   for (auto& noted : noted_) {
-    if (!as_it_was(noted.dict.get(), noted.begin.get())) {
+    noted.keys = changed_keys(noted.dict.get(), noted.begin.get());
+    if (noted.keys) {
       changed.push_back(std::move(noted));
     }
   }
   noted_ = std::move(changed);
 }
 
-ArgumentObjectsScope::ArgumentObjectsScope(const ArgumentObjects& objects) {
-  for (const auto& [dict, begin] : objects.noted_) {
-    replaced_.push_back({Ref::borrow(dict.get()), checked(PyDict_Copy(dict.get()))});
-    const Ref fresh = copy_of(begin.get());
-    set_content(dict.get(), fresh.get());
+void ArgumentObjects::add_to(Lease::Keys& keys) const {
+  for (const auto& noted : noted_) {
+    keys.push_back(noted.dict.get());
   }
 }
 
-ArgumentObjectsScope::~ArgumentObjectsScope() {
+ArgumentObjectsScope::ArgumentObjectsScope(const ArgumentObjects& objects) {
+  try {
+    for (const auto& [dict, begin, changed] : objects.noted_) {
+      const Ref fresh = copy_of(begin.get());
+      Ref now = checked(PyDict_Copy(dict.get()));
+      Ref keys = changed ? Ref::borrow(changed.get()) : changed_keys(dict.get(), begin.get());
+      if (!keys) {
+        continue;
+      }
+      replaced_.push_back({Ref::borrow(dict.get()), std::move(now), std::move(keys)});
+      if (!copy_items(dict.get(), fresh.get(), replaced_.back().keys.get())) {
+        throw_python_error();
+      }
+    }
+  } catch (...) {
+    put_back();
+    throw;
+  }
+}
+
+void ArgumentObjectsScope::put_back() {
   if (replaced_.empty()) {
     return;
   }
   const ErrorSetAside outer_error;
-  for (const auto& [dict, now] : replaced_) {
-    PyDict_Clear(dict.get());
-    PyDict_Update(dict.get(), now.get());
+  for (const auto& [dict, now, keys] : replaced_) {
+    copy_items(dict.get(), now.get(), keys.get());
+    PyErr_Clear();
   }
+  replaced_.clear();
 }
 
 }  // namespace reprise::bindings

@@ -2,9 +2,10 @@
 // object) and that fn may change: their attributes, and the lists and dicts in these.
 //
 // Noted when a segment begins, by one shallow copy of each; kept only if the forward
-// changed something. A replay finds the attributes as they were then, and the object has
-// what it has now again when the replay is over. Deeper changes (a list in a list, an
-// object in an attribute) are not seen.
+// changed something. A replay finds the attributes that the forward changed as they were
+// then, and the object has what it has now again when the replay is over; others are left
+// alone, for another thread or a signal may set them meanwhile. Deeper changes (a list in
+// a list, an object in an attribute) are not seen.
 #pragma once
 
 #include <Python.h>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "bindings/python_object.h"
+#include "lease.h"
 
 namespace reprise::bindings {
 
@@ -22,12 +24,15 @@ class ArgumentObjects {
   void note(const std::vector<PyObject*>& objects);
   // The forward is over: forgets those that are as they were.
   void settle();
+  // Appends what a scope changes: the address of each dict.
+  void add_to(Lease::Keys& keys) const;
 
  private:
   friend class ArgumentObjectsScope;
   struct Noted {
     Ref dict;   // the object's own
     Ref begin;  // a copy of it, with copies of the lists and dicts in it
+    Ref keys;   // a set, of what the forward changed; null while it runs: all
   };
   std::vector<Noted> noted_;
 };
@@ -35,15 +40,17 @@ class ArgumentObjects {
 class ArgumentObjectsScope {
  public:
   explicit ArgumentObjectsScope(const ArgumentObjects& objects);
-  ~ArgumentObjectsScope();
+  ~ArgumentObjectsScope() { put_back(); }
   ArgumentObjectsScope(const ArgumentObjectsScope&) = delete;
   ArgumentObjectsScope& operator=(const ArgumentObjectsScope&) = delete;
 
  private:
   struct Replaced {
     Ref dict;
-    Ref now;
+    Ref now;   // a copy of it
+    Ref keys;  // an iterable of those that are put back
   };
+  void put_back();
   std::vector<Replaced> replaced_;
 };
 

@@ -1,5 +1,7 @@
+#include <pthread.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -12,7 +14,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/python_object.h"
-#include "rng/generator_lease.h"
+#include "lease.h"
 #include "rng/rng_snapshot.h"
 #include "torch_compat.h"
 
@@ -38,10 +40,11 @@ bool initialised_in_python(const char* module_name, PyObject*& dict) {
          py::module_::import("torch").attr(module_name).attr("is_initialized")().cast<bool>();
 }
 
+std::array<std::atomic<bool>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> g_initialised{};
+
 bool is_initialised(c10::DeviceType type) {
-  // Once yes, always yes, so that a segment pays one load.
-  static std::array<std::atomic<bool>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> known{};
-  auto& yes = known[static_cast<size_t>(type)];
+  // Once yes, always yes in this process, so that a segment pays one load.
+  auto& yes = g_initialised[static_cast<size_t>(type)];
   if (yes.load(std::memory_order_relaxed)) {
     return true;
   }
@@ -67,24 +70,41 @@ bool is_initialised(c10::DeviceType type) {
   return now;
 }
 
+// A turn with the generators of Python and NumPy, which replays rewind in Python.
+class HostGeneratorsTurn {
+ public:
+  void take() {
+    static const char key = 0;
+    lease_.emplace(Lease::Kind::kHostGenerators, Lease::Keys{&key},
+                   [](size_t) { return std::string("the generators of Python and NumPy"); });
+  }
+  void give_back() { lease_.reset(); }
+
+ private:
+  std::optional<Lease> lease_;
+};
+
 std::vector<at::Generator> in_order(const RngSnapshot& snapshot) {
   const auto generators = snapshot.generators();
   return {generators.begin(), generators.end()};
 }
 
+// By content, whatever the order.
 bool equal(const RngSnapshot& a, const RngSnapshot& b) {
-  if (a.size() != b.size()) {
-    return false;
-  }
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (!(a.generator(i) == b.generator(i)) || !(a.state(i) == b.state(i))) {
-      return false;
-    }
-  }
-  return true;
+  const auto& others = b.entries();
+  return a.size() == b.size() &&
+         std::all_of(a.entries().begin(), a.entries().end(), [&others](const auto& entry) {
+           return std::any_of(others.begin(), others.end(), [&entry](const auto& other) {
+             return entry.generator == other.generator && entry.state == other.state;
+           });
+         });
 }
 
 void bind_snapshot(py::module_& module) {
+  py::class_<HostGeneratorsTurn>(module, "HostGeneratorsTurn")
+      .def(py::init<>())
+      .def("take", &HostGeneratorsTurn::take)
+      .def("give_back", &HostGeneratorsTurn::give_back);
   py::class_<RngSnapshot>(module, "RngSnapshot")
       .def_static("capture",
                   [](const std::vector<at::Generator>& generators) {
@@ -131,6 +151,12 @@ void bind_snapshot(py::module_& module) {
 
 void bind_rng(py::module_& module) {
   set_initialised_query(&is_initialised);
+  // torch refuses a device in the child of a process that has initialised it.
+  pthread_atfork(nullptr, nullptr, [] {
+    for (auto& yes : g_initialised) {
+      yes.store(false, std::memory_order_relaxed);
+    }
+  });
   bind_snapshot(module);
   module.def("default_generators", [] {
     const auto generators = default_generators();
@@ -148,7 +174,7 @@ void bind_rng(py::module_& module) {
     return seed_and_offset;
   });
   module.def("set_lease_wait_limit", [](double seconds) {
-    GeneratorLease::set_wait_limit(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));
+    Lease::set_wait_limit(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));
   });
 }
 

@@ -5,6 +5,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
@@ -27,9 +29,6 @@ class KnownStorages {
   bool may_change(const c10::intrusive_ptr<c10::StorageImpl>& storage, bool training) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto [it, fresh] = known_.try_emplace(storage.get(), storage);
-    if (!fresh && it->second.weak.lock().get() != storage.get()) {
-      it->second = Entry(storage);  // another one in the same place
-    }
     const bool met = training ? it->second.met_in_training : it->second.met_in_evaluation;
     (training ? it->second.met_in_training : it->second.met_in_evaluation) = true;
     if (fresh && known_.size() > next_tidying_) {
@@ -144,6 +143,8 @@ void ReachedState::settle() {
     }
     if (noted.storage >= 0) {
       noted.saved_version = now;
+    } else {
+      noted.changed_by_fn = now != noted.saved_version;
     }
   }
   for (auto& kept : storages_) {
@@ -170,13 +171,13 @@ ReachedState::Problem ReachedState::first_problem(size_t* from) const {
     const Noted& noted = noted_[(*from)++];
     if (noted.storage >= 0 && storages_[static_cast<size_t>(noted.storage)].changed) {
       if (storages_[static_cast<size_t>(noted.storage)].lost) {
-        return {noted.tensor, true, 0, 0};
+        return {noted.tensor, true, false, 0, 0};
       }
       continue;  // whatever happens to it later, a replay has what it needs
     }
     const auto now = noted.version.current_version();
     if (noted.checked && now != noted.saved_version) {
-      return {noted.tensor, false, noted.saved_version, now};
+      return {noted.tensor, false, noted.changed_by_fn, noted.saved_version, now};
     }
   }
   return {};
@@ -190,6 +191,21 @@ size_t ReachedState::nbytes() const {
   return bytes;
 }
 
+namespace {
+
+// See Note [Exchanging]. Does not throw where both are on the CPU and of one size.
+void exchange(c10::StorageImpl& storage, const c10::Storage& other) {
+  if (storage.device_type() == c10::kCPU && storage.nbytes() == other.nbytes()) {
+    auto* bytes = static_cast<std::byte*>(storage.mutable_data());
+    auto* others = static_cast<std::byte*>(other.mutable_data());
+    std::swap_ranges(bytes, bytes + storage.nbytes(), others);
+  } else {  // a replay that resizes it: so is the size
+    storage.swap_data_ptr(*other.unsafeGetStorageImpl());
+  }
+}
+
+}  // namespace
+
 StateScope::StateScope(const ReachedState& state) {
   if (state.settled_ && !state.changes_) {
     return;
@@ -197,16 +213,34 @@ StateScope::StateScope(const ReachedState& state) {
   const auto is_changed = [&state](const ReachedState::Kept& kept) {
     return kept.begin && (kept.changed || !state.settled_);
   };
+  Lease::Keys keys;
+  for (const auto& kept : state.storages_) {
+    if (is_changed(kept)) {
+      keys.push_back(kept.storage._unsafe_get_target());
+    }
+  }
+  if (keys.empty()) {
+    return;
+  }
+  lease_.emplace(Lease::Kind::kBuffer, keys,
+                 [](size_t) { return std::string("a buffer that its function changes"); });
+  // All that may throw comes before the first exchange.
+  exchanged_.reserve(keys.size());
+  versions_.reserve(state.noted_.size());
   for (const auto& kept : state.storages_) {
     if (!is_changed(kept)) {
       continue;
     }
     auto storage = kept.storage.lock();
     if (storage && storage->nbytes() == kept.begin.nbytes()) {
-      c10::Storage other = copy_of(kept.begin);
-      storage->swap_data_ptr(*other.unsafeGetStorageImpl());
-      swapped_.push_back({std::move(storage), std::move(other)});
+      if (storage->device_type() == c10::kCPU) {
+        storage->mutable_data();  // memory of its own, where it was shared lazily
+      }
+      exchanged_.push_back({std::move(storage), copy_of(kept.begin)});
     }
+  }
+  for (const auto& [storage, other] : exchanged_) {
+    exchange(*storage, other);
   }
   for (const auto& noted : state.noted_) {
     if (noted.storage >= 0 && is_changed(state.storages_[static_cast<size_t>(noted.storage)])) {
@@ -219,8 +253,8 @@ StateScope::StateScope(const ReachedState& state) {
 }
 
 StateScope::~StateScope() {
-  for (auto& [storage, other] : swapped_) {
-    storage->swap_data_ptr(*other.unsafeGetStorageImpl());
+  for (const auto& [storage, other] : exchanged_) {
+    exchange(*storage, other);
   }
   // Backwards: two tensors may share a counter.
   for (auto it = versions_.rbegin(); it != versions_.rend(); ++it) {

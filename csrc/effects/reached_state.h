@@ -20,12 +20,17 @@
 // refuses to run and names it. Running statistics on a device are always copied, in
 // training.
 //
-// Note [Swapping]
+// Note [Exchanging]
 //
-// The memory of the storage is exchanged, not the tensor in its module: every view and
-// alias sees the old values, nobody's object changes its identity, and nothing is
-// written to memory that somebody else (another node of the graph) has saved. While a
-// replay runs, other threads that use the same buffers see the old values too.
+// The values in the storage are exchanged, not the tensor in its module: every view and
+// alias sees the old ones, and nobody's object changes its identity. On the CPU the bytes
+// themselves: another thread may be in the middle of an operator that has a pointer to
+// them (the same module without a checkpoint), and memory that it reads or writes must
+// not be freed. On a device the memory is exchanged, which costs one copy instead of
+// three; its allocator gives nothing back to the system.
+//
+// Replays that exchange the same storage take turns (lease.h). Threads outside of any
+// replay see the old values while one runs, and what they write then is lost.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,7 +41,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
+
+#include "lease.h"
 
 namespace reprise {
 
@@ -67,6 +75,7 @@ class ReachedState {
   struct Problem {
     const c10::TensorImpl* tensor = nullptr;
     bool lost = false;
+    bool by_fn = false;  // changed in the forward already
     uint32_t then = 0;
     uint32_t now = 0;
   };
@@ -85,6 +94,7 @@ class ReachedState {
     uint32_t saved_version;         // when the forward began; after it, when it ended
     uint32_t begin_version;
     bool checked;
+    bool changed_by_fn = false;
     int32_t storage = -1;  // into storages_; -1: only its version is noted
   };
   struct Kept {
@@ -110,7 +120,8 @@ class StateScope {
   StateScope& operator=(const StateScope&) = delete;
 
  private:
-  struct Swapped {
+  // `other`: what the forward began with, then what was there before the replay.
+  struct Exchanged {
     c10::intrusive_ptr<c10::StorageImpl> storage;
     c10::Storage other;
   };
@@ -118,7 +129,8 @@ class StateScope {
     c10::VariableVersion version;
     uint32_t value;
   };
-  std::vector<Swapped> swapped_;
+  std::optional<Lease> lease_;  // given back last
+  std::vector<Exchanged> exchanged_;
   std::vector<Version> versions_;
 };
 

@@ -39,20 +39,28 @@ std::string divergence(const Entry& entry, const GeneratorMark& now) {
 
 }  // namespace
 
-RngScope::RngScope(RngSnapshot stash, bool enabled) : stash_(std::move(stash)), enabled_(enabled) {
+RngScope::RngScope(RngSnapshot stash, bool enabled, bool checked)
+    : stash_(std::move(stash)), enabled_(enabled) {
   if (!enabled_) {
     return;
   }
   if (stash_.empty()) {
-    turns_ = GeneratorLease::turns();
-    if (!GeneratorLease::held_by_others()) {
+    turns_ = Lease::turns();
+    if (checked && !Lease::held_by_others(Lease::Kind::kGenerator)) {
       all_ = RngSnapshot::capture_defaults();
     }
     return;
   }
-  lease_.emplace(stash_);  // before they are noted: see Note [Turns]
+  Lease::Keys keys;
+  for (const Entry& entry : stash_.entries()) {
+    keys.push_back(entry.generator.unsafeGetGeneratorImpl());
+  }
+  // Before they are noted: see Note [Turns].
+  lease_.emplace(Lease::Kind::kGenerator, keys, [this](size_t index) {
+    return "the random generator " + generator_name(stash_.generator(index));
+  });
   turns_ = lease_->turn();
-  if (!lease_->others_held()) {
+  if (checked && !lease_->others_held()) {
     note_others();
   }
   try {
@@ -93,9 +101,7 @@ bool RngScope::is_left_alone(size_t index) const {
   return std::find(left_alone_.begin(), left_alone_.end(), index) != left_alone_.end();
 }
 
-bool RngScope::moved_by_us() const {
-  return GeneratorLease::turns() == turns_ && host().is_alone();
-}
+bool RngScope::moved_by_us() const { return Lease::turns() == turns_ && host().is_alone(); }
 
 template <typename Visit>
 void RngScope::visit_others(const Visit& visit) const {

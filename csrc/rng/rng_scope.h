@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "rng/generator_lease.h"
+#include "lease.h"
 #include "rng/rng_snapshot.h"
 
 namespace reprise {
@@ -21,8 +21,9 @@ class RngScope {
  public:
   // `stash` holds the states to rewind to. Throws OutOfReach if one of a generator that
   // the forward moved belongs to another stream capture; others of that kind are left
-  // alone. Not `enabled`: does nothing.
-  RngScope(RngSnapshot stash, bool enabled);
+  // alone. Not `enabled`: does nothing. Not `checked`: generators that the forward did not
+  // draw from are not looked at, for who moves them may be somebody else.
+  RngScope(RngSnapshot stash, bool enabled, bool checked = true);
   ~RngScope() { put_back(); }
   RngScope(const RngScope&) = delete;
   RngScope& operator=(const RngScope&) = delete;
@@ -62,7 +63,7 @@ class RngScope {
   const RngSnapshot stash_;
   bool enabled_;
   uint64_t turns_ = 0;                         // taken when this was made
-  std::optional<GeneratorLease> lease_;        // given back last
+  std::optional<Lease> lease_;                 // given back last
   c10::SmallVector<GeneratorState, 1> outer_;  // where the stash's generators stood
   c10::SmallVector<size_t, 1> left_alone_;     // of the stash: not rewound
   // The other default generators and where they stood; none if another thread had rewound

@@ -9,6 +9,8 @@
 #include <atomic>
 #include <memory>
 
+#include "rng/stream_capture.h"
+
 namespace reprise {
 namespace {
 
@@ -94,6 +96,16 @@ bool accelerator_has_context(c10::DeviceType type) {
 }
 
 void set_initialised_query(InitialisedQuery query) { initialised_query() = std::move(query); }
+
+std::optional<c10::Device> current_accelerator_device() {
+  for (auto type : built_accelerators()) {
+    const auto* guard = guard_of(type);
+    if (guard != nullptr && is_initialised(type)) {
+      return guard->getDevice();
+    }
+  }
+  return std::nullopt;
+}
 
 GeneratorList default_generators() {
   GeneratorList generators;
@@ -268,9 +280,8 @@ std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
       return;
     }
     auto state = GeneratorState::philox(generator.current_seed(), 0);
-    if (!state.is_state_of(generator)) {
-      made(newcomers).push_back({generator, std::move(state), GeneratorMark::of(generator), true});
-    }
+    const bool moved = !state.is_state_of(generator);
+    made(newcomers).push_back({generator, std::move(state), GeneratorMark::of(generator), moved});
   });
   if (newcomers) {
     auto all = std::make_shared<Entries>(entries());

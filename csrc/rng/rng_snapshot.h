@@ -41,6 +41,9 @@ void set_initialised_query(InitialisedQuery query);
 // What the hooks interface says: for backends that have no flag of their own.
 bool accelerator_has_context(c10::DeviceType type);
 
+// The current device of the first accelerator that is initialised; none if none is.
+std::optional<c10::Device> current_accelerator_device();
+
 // "cpu", "cuda:3", "explicit cuda:3": how a generator is called in tables and
 // messages.
 std::string generator_name(const at::Generator& generator);
@@ -101,12 +104,13 @@ class RngSnapshot {
   // The forward is over. Without the generators that it cannot have used: an
   // mt19937 engine that nobody touched, and other kinds that stand where they
   // stood and whose device no tensor of the segment was on (16 bytes each stay
-  // for the others). Notes where the rest stands now: a replay must end there.
+  // for the others, as the ledger counts). Notes where the rest stands now: a replay must end
+  // there.
   RngSnapshot needed_by_a_replay(const c10::SmallVectorImpl<c10::Device>& devices) const;
   // After that, on what it returned: adds generators that exist now and did not when
-  // `before` was captured, the whole snapshot of the segment's beginning, and that moved
-  // since. A Philox generator began at offset 0 with the seed it has; of others nothing
-  // is known: their names are returned.
+  // `before` was captured, the whole snapshot of the segment's beginning. A Philox
+  // generator began at offset 0 with the seed it has, be it there again; of others that
+  // were drawn from nothing is known: their names are returned.
   std::vector<std::string> add_newcomers(const RngSnapshot& before);
 
   // Puts back the generators that do not stand where they were captured, and

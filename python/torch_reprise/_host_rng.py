@@ -13,6 +13,7 @@ import sys
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+from . import _C
 from ._contexts import ContextFn, Contexts
 
 
@@ -32,28 +33,36 @@ class _State(NamedTuple):
 
 
 class _Replay(AbstractContextManager[None]):
-    """Rewinds the host generators to where the forward began; once per replay."""
+    """Rewinds the host generators to where the forward began; once per replay.
+
+    Replays take turns with them: they belong to all threads.
+    """
 
     def __init__(self, begin: list[_State], inner: AbstractContextManager[Any]) -> None:
         self._begin = begin
         self._inner = inner
-        self._outer: list[_State] = []
+        self._outer: list[tuple[_C.HostGeneratorsTurn, _State]] = []
 
     def __enter__(self) -> None:
+        turn = _C.HostGeneratorsTurn()
+        turn.take()
         outer = _State.capture()
-        self._begin[0].restore()
         try:
+            self._begin[0].restore()
             self._inner.__enter__()
         except BaseException:
             outer.restore()
+            turn.give_back()
             raise
-        self._outer.append(outer)
+        self._outer.append((turn, outer))
 
     def __exit__(self, *exc: Any) -> bool | None:
         try:
             return self._inner.__exit__(*exc)
         finally:
-            self._outer.pop().restore()
+            turn, outer = self._outer.pop()
+            outer.restore()
+            turn.give_back()
 
 
 def with_host_rng(context_fn: ContextFn | None) -> ContextFn:

@@ -118,3 +118,25 @@ report(used())
 """
     )
     assert play(program, form=use_reentrant) == play(program, form=None)
+
+
+@both_forms
+def test_cuda_first_used_inside_and_its_generator_put_back(use_reentrant: bool) -> None:
+    program = (
+        START
+        + """
+def forked(x):
+    c = x.to("cuda:1")
+    with torch.random.fork_rng(devices=[1]):
+        seen.append(offsets()[1])
+        c = draws(c)
+    return c.cpu().exp()
+
+out = run(forked, x)
+torch.rand(8, device="cuda:1")
+out.sum().backward()
+report([offsets(), seen])
+"""
+    )
+    standing, seen = play(program, form=None)
+    assert play(program, form=use_reentrant) == [standing, seen * 2]

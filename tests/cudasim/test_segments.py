@@ -287,3 +287,38 @@ def test_snapshots_of_all_devices() -> None:
     assert before.diff(rng.capture()).startswith("cuda:7: philox seed")
     before.restore()
     assert rng.capture() == before
+
+
+@both_forms
+@pytest.mark.parametrize("where", ["cpu", "cuda:0"])
+def test_the_current_device_of_the_forward(where: str, use_reentrant: bool) -> None:
+    devices: list[int] = []
+
+    def fn(x: Tensor) -> Tensor:
+        devices.append(torch.cuda.current_device())
+        noise = torch.rand(8, device="cuda").to(x.device)
+        torch.cuda.set_device(3)
+        return (x * noise).exp()
+
+    found = []
+    for run in (plain, checkpointed(use_reentrant=use_reentrant)):
+        torch.cuda.set_device(0)
+        x = torch.ones(8, device=where, requires_grad=True)
+        torch.manual_seed(7)
+        with torch.cuda.device(1):
+            y = run(fn, x)
+        torch.cuda.set_device(2)
+        y.sum().backward()
+        found.append((torch.cuda.current_device(), offsets()))
+    torch.cuda.set_device(0)
+    assert devices == [1, 1, 1], "in the plain run, the forward and the replay"
+    assert found[0] == found[1]
+
+
+def test_cuda_without_a_number_is_the_current_device() -> None:
+    with torch.cuda.device(2):
+        assert rng.capture("cuda").generators == ("cuda:2",)
+        before = generator(2).get_offset()
+        with rng.fork(["cuda"]):
+            torch.rand(4, device="cuda")
+        assert generator(2).get_offset() == before

@@ -1,4 +1,4 @@
-#include "rng/generator_lease.h"
+#include "lease.h"
 
 #include <c10/util/StringUtil.h>
 #include <pthread.h>
@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "host.h"
-#include "rng/rng_snapshot.h"
 #include "torch_compat.h"
 
 namespace reprise {
@@ -20,7 +19,12 @@ namespace {
 struct State {
   std::mutex mutex;
   std::condition_variable given_back;
-  std::vector<std::pair<const void*, uint64_t>> held;  // generator, token of its chain
+  struct Held {
+    const void* key;
+    uint64_t token;  // of its chain
+    Lease::Kind kind;
+  };
+  std::vector<Held> held;
   std::vector<std::thread::id> waiting;
 };
 
@@ -45,43 +49,43 @@ State& state() {
   return *g_state;
 }
 
-bool held_by_other(const State& s, const void* generator, uint64_t token) {
-  return std::any_of(s.held.begin(), s.held.end(), [&](const auto& held) {
-    return held.first == generator && held.second != token;
-  });
+bool held_by_other(const State& s, const void* key, uint64_t token) {
+  return std::any_of(s.held.begin(), s.held.end(),
+                     [&](const auto& held) { return held.key == key && held.token != token; });
 }
 
-bool held_by_other_than(const State& s, uint64_t token) {
+bool held_by_other_than(const State& s, Lease::Kind kind, uint64_t token) {
   return std::any_of(s.held.begin(), s.held.end(),
-                     [token](const auto& held) { return held.second != token; });
+                     [&](const auto& held) { return held.kind == kind && held.token != token; });
 }
 
 }  // namespace
 
-bool GeneratorLease::try_take(uint64_t token, const RngSnapshot& stash) {
+bool Lease::try_take(uint64_t token, const Keys& keys) {
   State& s = state();
-  for (size_t i = 0; i < stash.size(); ++i) {
-    if (held_by_other(s, stash.generator(i).unsafeGetGeneratorImpl(), token)) {
+  for (const void* key : keys) {
+    if (held_by_other(s, key, token)) {
       return false;
     }
   }
-  const size_t before = s.held.size();  // no generator is in a stash twice
-  for (size_t i = 0; i < stash.size(); ++i) {
-    const std::pair<const void*, uint64_t> mine(stash.generator(i).unsafeGetGeneratorImpl(), token);
-    const auto end = s.held.begin() + static_cast<std::ptrdiff_t>(before);
-    if (std::find(s.held.begin(), end, mine) == end) {
-      s.held.push_back(mine);
-      taken_.push_back(mine.first);
+  for (const void* key : keys) {
+    if (std::none_of(s.held.begin(), s.held.end(),
+                     [key](const auto& held) { return held.key == key; })) {
+      s.held.push_back({key, token, kind_});
+      taken_.push_back(key);
     }
   }
   g_held.store(s.held.size());
-  others_held_ = held_by_other_than(s, token);
+  others_held_ = held_by_other_than(s, kind_, token);
   // Last: whoever counts this turn as one of the past sees that it is held.
-  turn_ = g_turns.fetch_add(1) + 1;
+  if (kind_ == Kind::kGenerator) {
+    turn_ = g_turns.fetch_add(1) + 1;
+  }
   return true;
 }
 
-GeneratorLease::GeneratorLease(const RngSnapshot& stash) {
+Lease::Lease(Kind kind, const Keys& keys, const std::function<std::string(size_t index)>& name)
+    : kind_(kind) {
   // While a chain has a token it holds a lease.
   uint64_t token = g_held.load() == 0 ? 0 : compat::chain_token();
   if (token == 0) {
@@ -90,34 +94,40 @@ GeneratorLease::GeneratorLease(const RngSnapshot& stash) {
   }
   State& s = state();
   bool taken = false;
+  size_t contended = 0;
   {
     // Uncontended, which is nearly always, the interpreter lock is not touched.
     std::lock_guard<std::mutex> lock(s.mutex);
-    taken = try_take(token, stash);
+    taken = try_take(token, keys);
   }
   if (!taken) {
     const InterpreterReleased released;
     const auto self = std::this_thread::get_id();
     std::unique_lock<std::mutex> lock(s.mutex);
     s.waiting.push_back(self);
-    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, stash); });
+    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, keys); });
     s.waiting.erase(std::find(s.waiting.begin(), s.waiting.end(), self));
+    while (!taken && contended + 1 < keys.size() && !held_by_other(s, keys[contended], token)) {
+      ++contended;
+    }
   }
   if (!taken) {
     host().throw_checkpoint_error(c10::str(
-        "torch_reprise: a replay waited ", wait_limit().count() / 1000.0,
-        " s for the random generator ", generator_name(stash.generator(0)),
-        ", which the replay of another thread has rewound and not put back. Does its function "
-        "wait for this thread (a barrier, a collective, join)? Replays that draw from one "
-        "generator take turns: give each thread a generator or device of its own, or pass "
-        "preserve_rng_state=False."));
+        "torch_reprise: a replay waited ", wait_limit().count() / 1000.0, " s for ",
+        name(contended),
+        ", which the replay of another thread has set as it was in its forward and not put "
+        "back. Does its function wait for this thread (a barrier, a collective, join)? "
+        "Replays that change the same thing take turns: give each thread ",
+        kind == Kind::kGenerator
+            ? "a generator or device of its own, or pass preserve_rng_state=False."
+            : "modules and objects of its own, and settings that stay the same."));
   }
   if (begins_chain_) {
     compat::set_chain_token(token);
   }
 }
 
-GeneratorLease::~GeneratorLease() {
+Lease::~Lease() {
   if (begins_chain_) {
     compat::set_chain_token(0);
   }
@@ -128,7 +138,7 @@ GeneratorLease::~GeneratorLease() {
     anybody_waits = !s.waiting.empty();
     s.held.erase(std::remove_if(s.held.begin(), s.held.end(),
                                 [this](const auto& held) {
-                                  return std::find(taken_.begin(), taken_.end(), held.first) !=
+                                  return std::find(taken_.begin(), taken_.end(), held.key) !=
                                          taken_.end();
                                 }),
                  s.held.end());
@@ -139,7 +149,7 @@ GeneratorLease::~GeneratorLease() {
   }
 }
 
-bool GeneratorLease::held_by_this_chain() {
+bool Lease::held_by_this_chain() {
   if (g_held.load() == 0) {
     return false;
   }
@@ -150,32 +160,32 @@ bool GeneratorLease::held_by_this_chain() {
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
   return std::any_of(s.held.begin(), s.held.end(),
-                     [token](const auto& held) { return held.second == token; });
+                     [token](const auto& held) { return held.token == token; });
 }
 
-bool GeneratorLease::held_by_others() {
+bool Lease::held_by_others(Kind kind) {
   if (g_held.load() == 0) {
     return false;
   }
   const uint64_t token = compat::chain_token();
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
-  return held_by_other_than(s, token);
+  return held_by_other_than(s, kind, token);
 }
 
-uint64_t GeneratorLease::turns() { return g_turns.load(); }
+uint64_t Lease::turns() { return g_turns.load(); }
 
-bool GeneratorLease::is_waiting(std::thread::id thread) {
+bool Lease::is_waiting(std::thread::id thread) {
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
   return std::find(s.waiting.begin(), s.waiting.end(), thread) != s.waiting.end();
 }
 
-std::chrono::milliseconds GeneratorLease::wait_limit() {
+std::chrono::milliseconds Lease::wait_limit() {
   return std::chrono::milliseconds(g_wait_limit_ms.load(std::memory_order_relaxed));
 }
 
-void GeneratorLease::set_wait_limit(std::chrono::milliseconds limit) {
+void Lease::set_wait_limit(std::chrono::milliseconds limit) {
   g_wait_limit_ms.store(limit.count(), std::memory_order_relaxed);
 }
 
