@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -486,3 +487,260 @@ def test_is_recomputing(use_reentrant: bool) -> None:
     assert seen == [False, True]
     assert not is_recomputing()
     assert torch_reprise.is_recomputing is is_recomputing
+
+
+# --- what the function's names stand for
+
+
+@both_forms
+@pytest.mark.parametrize("kind", ["lambda", "partial", "function"])
+def test_names_stand_for_what_they_stood_for(kind: str, use_reentrant: bool) -> None:
+    """Functions that are made in a loop close over the loop's variable, not over its value."""
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+
+    def program(run: Run) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        x = leaf(2, 3)
+        h = x
+        for number, layer in enumerate(layers):
+            scale = torch.tensor(number + 1.0)
+
+            def call(t: Tensor) -> Tensor:
+                return (layer(t) * scale).tanh() + number  # noqa: B023
+
+            functions: dict[str, Callable[[Tensor], Tensor]] = {
+                "lambda": lambda t: (layer(t) * scale).tanh() + number,  # noqa: B023
+                "partial": functools.partial(call),
+                "function": call,
+            }
+            h = run(functions[kind], h)
+        for each in layers:
+            each.zero_grad()
+        h.sum().backward()
+        return [x.grad, *(p.grad for each in layers for p in each.parameters())]
+
+    expected = program(lambda function, *args: function(*args))
+    found = program(functools.partial(checkpoint, use_reentrant=use_reentrant))
+    assert all(map(torch.equal, found, expected))
+
+
+late_factor = 1.0
+
+
+@both_forms
+def test_globals_stand_for_what_they_stood_for(use_reentrant: bool) -> None:
+    global late_factor
+
+    def fn(x: Tensor) -> Tensor:
+        return torch.stack([(row * late_factor).sin() for row in x]).exp()
+
+    found = []
+    for run in (None, functools.partial(checkpoint, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        x = leaf(2, 3)
+        late_factor = 2.0
+        y = fn(x) if run is None else run(fn, x)
+        late_factor = 5.0
+        y.sum().backward()
+        assert late_factor == 5.0, "as the program left it"
+        found.append(x.grad)
+    assert found[0] is not None and found[1] is not None
+    assert torch.equal(found[0], found[1])
+
+
+@both_forms
+def test_a_name_that_the_function_sets_is_its_own(use_reentrant: bool) -> None:
+    calls = 0
+
+    def fn(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.sin().exp()
+
+    y = checkpoint(fn, leaf(3), use_reentrant=use_reentrant)
+    calls = 10
+    y.sum().backward()
+    assert calls == 11
+
+
+@both_forms
+def test_a_replay_under_functional_call_has_its_parameters(use_reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self, run: Run) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+            self.run = run
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.run(self.block, x)
+            return result.sin()
+
+    def program(run: Run) -> list[Tensor | None]:
+        torch.manual_seed(3)
+        net = Net(run)
+        own = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        x = leaf(2, 3)
+        twice = {name: 2 * p for name, p in own.items()}
+        y = torch.func.functional_call(net, twice, (x,))
+        before = {name: id(p) for name, p in net.named_parameters()}
+        y.sum().backward()
+        assert before == {name: id(p) for name, p in net.named_parameters()}
+        # The reentrant form has gradients for arguments and leaves alone.
+        return [x.grad] if use_reentrant else [x.grad, *(p.grad for p in own.values())]
+
+    expected = program(lambda function, *args: function(*args))
+    found = program(functools.partial(checkpoint, use_reentrant=use_reentrant))
+    assert all(map(torch.equal, found, expected))
+
+
+# --- what is reached
+
+
+@both_forms
+def test_names_in_inner_code_are_reached(use_reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def comprehension(self, x: Tensor) -> Tensor:
+            return torch.stack([self.norm(part) for part in x.unbind(0)]).sin()
+
+        @torch.autocast("cpu", dtype=torch.bfloat16)
+        def decorated(self, x: Tensor) -> Tensor:
+            result: Tensor = self.norm(x[0])
+            return result.sin()
+
+    for method in ("comprehension", "decorated"):
+        counted = []
+        for run in (lambda f, x: f(x), functools.partial(checkpoint, use_reentrant=use_reentrant)):
+            torch.manual_seed(0)
+            net = Net()
+            x = leaf(2, 4, 3)
+            run(getattr(net, method), x).sum().backward()
+            counted.append([x.grad, *net.buffers()])
+        assert all(map(torch.equal, *counted)), method
+
+
+@both_forms
+def test_objects_among_the_arguments_are_looked_into(use_reentrant: bool) -> None:
+    @dataclasses.dataclass
+    class Config:
+        generator: torch.Generator
+        norm: nn.Module
+
+    def fn(x: Tensor, config: Config) -> Tensor:
+        noise = torch.rand(x.shape, generator=config.generator)
+        result: Tensor = config.norm(x * noise)
+        return result.sin()
+
+    found = []
+    for run in (
+        lambda f, *args: f(*args),
+        functools.partial(checkpoint, use_reentrant=use_reentrant),
+    ):
+        torch.manual_seed(0)
+        config = Config(torch.Generator().manual_seed(5), nn.BatchNorm1d(3))
+        x = leaf(4, 3)
+        y = run(fn, x, config)
+        torch.rand(3, generator=config.generator)
+        y.sum().backward()
+        found.append([x.grad, config.generator.get_state(), *config.norm.buffers()])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_parameter_that_the_function_changes_is_named() -> None:
+    embedding = nn.Embedding(4, 3, max_norm=0.1)
+
+    def fn(x: Tensor, index: Tensor) -> Tensor:
+        return embedding(index) * x
+
+    index = torch.tensor([0, 1])
+    y = checkpoint(fn, leaf(2, 3), index, use_reentrant=False)
+    with pytest.raises(CheckpointError, match="(?s)changes 'weight' .*preserve_state=False"):
+        y.sum().backward()
+    x = leaf(2, 3)
+    again = x.detach().clone().requires_grad_()
+    Checkpointer(preserve_state=False)(fn, x, index).sum().backward()
+    fn(again, index).sum().backward()
+    assert x.grad is not None and again.grad is not None
+    assert torch.equal(x.grad, again.grad)
+
+
+def test_a_lazy_module_gets_its_memory_in_a_segment() -> None:
+    found = []
+    for run in (lambda f, x: f(x), functools.partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.LazyLinear(3), nn.Tanh())
+        x = leaf(2, 3)
+        run(module, x).sum().backward()
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    assert all(map(torch.equal, *found))
+
+
+def test_what_others_set_on_an_argument_during_a_replay_stays() -> None:
+    class State:
+        calls = 0
+        stop = False
+
+        def __init__(self) -> None:
+            self.log: list[str] = []
+
+    def fn(x: Tensor, state: State) -> Tensor:
+        state.calls += 1
+        if is_recomputing():  # stands for a signal handler or another thread
+            state.stop = True
+            state.log.append("seen")
+        return x.sin().exp()
+
+    state = State()
+    y = checkpoint(fn, leaf(3), state, use_reentrant=False)
+    y.sum().backward()
+    assert (state.calls, state.stop, state.log) == (1, True, ["seen"])
+
+
+def test_hooks_that_copy_do_not_make_a_replay_use_changed_values() -> None:
+    def fn(x: Tensor) -> Tensor:
+        a = x.exp()
+        b = a.sin()
+        a.mul_(2)
+        return b * a
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        y = checkpoint(fn, leaf(3), use_reentrant=False)
+    with pytest.raises(CheckpointError, match="changes a tensor in place that backward needs"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{"debug": True}, {"preserve_host_rng": True}])
+def test_checks_of_versions_do_not_depend_on_other_options(options: dict[str, Any]) -> None:
+    y = Checkpointer(**options)(torch.exp, leaf(3))
+    y.mul_(2)
+    with pytest.raises(CheckpointError, match="modified by an inplace operation"):
+        (y * y).sum().backward()
+
+
+def test_an_argument_that_is_given_twice_is_one_object() -> None:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sin() if a is b else a.exp() * b
+
+    def outer(run: Run, h: Tensor) -> Tensor:
+        result: Tensor = run(fn, h * 2, h * 2) + run(lambda t: run(fn, t, t), h)
+        return result
+
+    gradients = []
+    for run in (lambda f, *args: f(*args), functools.partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(0)
+        x = leaf(3)
+        run(functools.partial(outer, run), x).sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    x = leaf(3)
+    again = x.detach().clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        y = checkpoint(fn, x, x, use_reentrant=False)
+    y.sum().backward()
+    fn(again, again).sum().backward()
+    assert x.grad is not None and again.grad is not None
+    assert torch.equal(x.grad, again.grad)

@@ -38,12 +38,19 @@ class RecursionGuard {
   RecursionGuard& operator=(const RecursionGuard&) = delete;
 };
 
+// What collections.namedtuple makes, and torch's results of several tensors. One with
+// attributes besides its items could not be made again.
 bool is_named_tuple(PyObject* value) {
   if (!PyTuple_Check(value) || PyTuple_CheckExact(value)) {
     return false;
   }
+  PyObject** dict = _PyObject_GetDictPtr(value);
+  if (dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0) {
+    return false;
+  }
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-  return PyObject_HasAttrString(type, "_fields") && PyObject_HasAttrString(type, "_make");
+  return (PyObject_HasAttrString(type, "_fields") && PyObject_HasAttrString(type, "_make")) ||
+         PyObject_HasAttrString(type, "n_sequence_fields");
 }
 
 }  // namespace
@@ -117,11 +124,15 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
   }
   const RecursionGuard guard;
   if (is_list) {
-    const auto count = static_cast<uint32_t>(PyList_GET_SIZE(value));
-    nodes_.push_back({Kind::kList, count, Ref()});
-    for (uint32_t i = 0; i < count; ++i) {
-      take_apart(PyList_GET_ITEM(value, i), tensors, known);
+    const size_t here = nodes_.size();
+    nodes_.push_back({Kind::kList, 0, Ref()});
+    // To ask an item what it is may run code of its class, which may change the list.
+    uint32_t count = 0;
+    for (; count < static_cast<size_t>(PyList_GET_SIZE(value)); ++count) {
+      const Ref item = Ref::borrow(PyList_GET_ITEM(value, count));
+      take_apart(item.get(), tensors, known);
     }
+    nodes_[here].count = count;
   } else {
     const auto count = static_cast<uint32_t>(PyDict_GET_SIZE(value));
     if (is_dict) {
@@ -169,7 +180,10 @@ Ref Structure::put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf)
       for (uint32_t i = 0; i < n.count; ++i) {
         PyList_SET_ITEM(items.get(), i, put_together(node, shared, leaf).release());
       }
-      return checked(PyObject_CallMethod(n.object.get(), "_make", "(O)", items.get()));
+      // torch.return_types have no _make: the type takes a sequence.
+      return checked(PyObject_HasAttrString(n.object.get(), "_make")
+                         ? PyObject_CallMethod(n.object.get(), "_make", "(O)", items.get())
+                         : PyObject_CallOneArg(n.object.get(), items.get()));
     }
     case Kind::kList: {
       Ref list = checked(PyList_New(0));

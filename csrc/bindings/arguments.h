@@ -51,11 +51,11 @@ class Structure {
  private:
   enum class Kind : uint8_t {
     kTensor,
-    kObject,      // object_: the value
+    kObject,      // object: the value
     kTuple,       // count items follow
     kNamedTuple,  // object: the type
     kList,        // may be shared: gets a number
-    kDict,        // object: the type or default_factory; count times key object, value
+    kDict,        // count times key object, value
     kOrderedDict,
     kDefaultDict,  // object: the factory
     kShared,       // count: the number of a list or dict met before

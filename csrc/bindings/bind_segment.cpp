@@ -39,6 +39,7 @@ enum Flags : long {
   kAmbientIgnore = 32,
   kPreserveState = 64,
   kCheckValues = 128,
+  kOwnContexts = 256,  // a context_fn of the user's
 };
 
 SegmentOptions options_of(long flags) {
@@ -106,18 +107,17 @@ struct Begun {
 };
 
 Begun begin_segment(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
-                    PyObject* replay_context, bool has_contexts, PyObject* debug_session,
-                    PyObject* generators) {
+                    PyObject* replay_context, PyObject* debug_session, PyObject* generators) {
   std::vector<at::Tensor> inputs;
   std::vector<PyObject*> others;
   auto program = std::make_unique<PythonProgram>(function, args, kwargs, replay_context,
                                                  debug_session, inputs, others);
   Reach reach = reach_of(function, generators, flags, others);
-  program->hold(reach, others, (flags & kAmbientIgnore) == 0);
+  program->hold(reach, others, (flags & kAmbientIgnore) == 0, (flags & kPreserveState) != 0);
   PythonProgram* held = program.get();
   SegmentOptions options = options_of(flags);
   // Selective checkpointing has a check of its own, which can be turned off.
-  options.check_versions = !has_contexts;
+  options.check_versions = (flags & kOwnContexts) == 0;
   return {Segment::begin(std::move(program), inputs, options, current_depth(), reach.generators,
                          reach.tensors),
           held};
@@ -146,9 +146,8 @@ PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
   if (context_fn != Py_None) {
     std::tie(forward_context, replay_context) = make_contexts(context_fn);
   }
-  const Begun begun =
-      begin_segment(function, args, kwargs, flags, replay_context.get(), context_fn != Py_None,
-                    debug_session == Py_None ? nullptr : debug_session, generators);
+  const Begun begun = begin_segment(function, args, kwargs, flags, replay_context.get(),
+                                    debug_session == Py_None ? nullptr : debug_session, generators);
   const auto& segment = begun.segment;
   bool suppressed = false;
   Ref result;
@@ -263,10 +262,10 @@ std::unique_ptr<OpenSegment> open_segment(const py::object& function, const py::
   if (const std::string* message = compat::hooks_disabled_message()) {
     throw std::runtime_error(*message);
   }
-  return std::make_unique<OpenSegment>(begin_segment(
-      function.ptr(), args.ptr(), kwargs.ptr(), flags,
-      replay_context.is_none() ? nullptr : replay_context.ptr(), !replay_context.is_none(),
-      debug_session.is_none() ? nullptr : debug_session.ptr(), Py_None));
+  return std::make_unique<OpenSegment>(
+      begin_segment(function.ptr(), args.ptr(), kwargs.ptr(), flags,
+                    replay_context.is_none() ? nullptr : replay_context.ptr(),
+                    debug_session.is_none() ? nullptr : debug_session.ptr(), Py_None));
 }
 
 // run_reentrant(function, args, kwargs, flags, generators: a tuple or None)
@@ -303,7 +302,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     return PyObject_Call(function, args, kwargs);
   }
   Reach reach = reach_of(function, argv[4], flags, others);
-  program->hold(reach, others, (flags & kAmbientIgnore) == 0);
+  program->hold(reach, others, (flags & kAmbientIgnore) == 0, (flags & kPreserveState) != 0);
   PythonProgram& held = *program;  // the segment's, from now on
   auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth(),
                                 reach.generators, reach.tensors);
@@ -383,6 +382,7 @@ void bind_segment(py::module_& module) {
   module.attr("AMBIENT_CHECK") = static_cast<long>(kAmbientCheck);
   module.attr("AMBIENT_IGNORE") = static_cast<long>(kAmbientIgnore);
   module.attr("CHECK_VALUES") = static_cast<long>(kCheckValues);
+  module.attr("OWN_CONTEXTS") = static_cast<long>(kOwnContexts);
   module.attr("PRESERVE_STATE") = static_cast<long>(kPreserveState);
   module.def("set_checkpoint_error",
              [](const py::object& type) { set_checkpoint_error(type.ptr()); });

@@ -11,8 +11,8 @@ namespace {
 
 std::atomic<uintptr_t> g_last_ticket{0};
 
-// What this thread's innermost run of fn knows. Only the main thread asks for
-// stops, but every thread has runs.
+// What this thread's innermost run of fn knows. Pending calls are made by the main
+// thread alone; a stop where fn itself is an operator needs none, on any thread.
 struct Run {
   const void* entry = nullptr;  // the innermost frame when fn was called
   bool asked = false;           // a stop, that was not raised

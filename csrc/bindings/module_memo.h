@@ -53,9 +53,10 @@ class ModuleMemo {
     PyObject* dict;
     PyObject* name;
     PyObject* value;
+    bool is_stand_in;
   };
-  void add_buffer(PyObject* dict, PyObject* name, PyObject* value) {
-    buffers_.push_back({dict, name, value});
+  void add_buffer(PyObject* dict, PyObject* name, PyObject* value, bool is_stand_in) {
+    buffers_.push_back({dict, name, value, is_stand_in});
   }
   void add_generator(PyObject* generator) { generators_.push_back(generator); }
   struct Unversioned {

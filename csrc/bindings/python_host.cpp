@@ -209,7 +209,10 @@ class PythonHost final : public Host {
             ? Ref::steal(PyObject_CallMethod(module.get(), "fingerprint", "(O)", wrapped.get()))
             : Ref();
     if (result && result.get() != Py_None) {
-      found = PyLong_AsUnsignedLongLong(result.get());
+      const auto value = PyLong_AsUnsignedLongLong(result.get());
+      if (PyErr_Occurred() == nullptr) {
+        found = value;
+      }
     }
     return found;
   }

@@ -50,11 +50,16 @@ class Ref {
 };
 
 // Sets an error aside for a scope in which Python code may run, and drops
-// one that is left over from it.
+// one that is left over from it. Ctrl-C is not lost: it comes again.
 class ErrorSetAside {
  public:
   ErrorSetAside() { PyErr_Fetch(&type_, &value_, &traceback_); }
-  ~ErrorSetAside() { PyErr_Restore(type_, value_, traceback_); }
+  ~ErrorSetAside() {
+    if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) != 0) {
+      PyErr_SetInterrupt();
+    }
+    PyErr_Restore(type_, value_, traceback_);
+  }
   ErrorSetAside(const ErrorSetAside&) = delete;
   ErrorSetAside& operator=(const ErrorSetAside&) = delete;
 

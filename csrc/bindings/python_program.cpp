@@ -6,24 +6,34 @@
 
 namespace reprise::bindings {
 
+namespace {
+
+// A method as the with statement looks it up: of the type.
+Ref method_of_type(PyObject* object, const char* name) {
+  return Ref::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), name));
+}
+
+}  // namespace
+
 Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObject* kwargs,
                     bool* suppressed) {
   *suppressed = false;
   if (context == nullptr) {
     return Ref::steal(PyObject_Call(function, args, kwargs));
   }
-  Ref exit = Ref::steal(PyObject_GetAttrString(context, "__exit__"));
-  if (!exit) {
+  const Ref exit = method_of_type(context, "__exit__");
+  const Ref enter = exit ? method_of_type(context, "__enter__") : Ref();
+  if (!enter) {
     return Ref();
   }
-  Ref entered = Ref::steal(PyObject_CallMethod(context, "__enter__", nullptr));
+  const Ref entered = Ref::steal(PyObject_CallFunctionObjArgs(enter.get(), context, nullptr));
   if (!entered) {
     return Ref();
   }
   Ref result = Ref::steal(PyObject_Call(function, args, kwargs));
   if (result) {
-    Ref left =
-        Ref::steal(PyObject_CallFunctionObjArgs(exit.get(), Py_None, Py_None, Py_None, nullptr));
+    Ref left = Ref::steal(
+        PyObject_CallFunctionObjArgs(exit.get(), context, Py_None, Py_None, Py_None, nullptr));
     return left ? std::move(result) : Ref();
   }
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
@@ -40,7 +50,7 @@ Ref call_in_context(PyObject* context, PyObject* function, PyObject* args, PyObj
   Py_XINCREF(traceback);
   PyErr_SetExcInfo(type, value, traceback);
   Ref left = Ref::steal(PyObject_CallFunctionObjArgs(
-      exit.get(), type, value, traceback != nullptr ? traceback : Py_None, nullptr));
+      exit.get(), context, type, value, traceback != nullptr ? traceback : Py_None, nullptr));
   PyErr_SetExcInfo(outer_type, outer_value, outer_traceback);
   const int swallow = left ? PyObject_IsTrue(left.get()) : 0;
   if (!left || swallow < 0) {  // __exit__ itself raised: that error counts
@@ -125,6 +135,7 @@ PythonProgram::~PythonProgram() {
     new Ref(std::move(debug_session_));
     new std::vector<Reach::Module>(std::move(modules_));
     new std::vector<Reach::Buffer>(std::move(buffers_));
+    new std::vector<Binding>(std::move(bindings_));
     new ArgumentObjects(std::move(argument_objects_));
     new Ref(std::move(context_variables_));
     return;
@@ -139,12 +150,16 @@ PythonProgram::~PythonProgram() {
   debug_session_ = Ref();
   modules_.clear();
   buffers_.clear();
+  bindings_.clear();
   argument_objects_ = ArgumentObjects();
   drop_copy(std::move(context_variables_));
 }
 
 void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
-                         bool context_variables) {
+                         bool context_variables, bool bindings) {
+  if (bindings) {
+    bindings_ = bindings_of(function_.get());
+  }
   modules_ = std::move(reach.modules);
   buffers_ = std::move(reach.buffers);
   argument_objects_.note(objects);
@@ -156,8 +171,12 @@ void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
 void PythonProgram::settle() {
   argument_objects_.settle();
   std::erase_if(buffers_, [](const Reach::Buffer& buffer) {
-    return PyDict_GetItem(buffer.dict.get(), buffer.name.get()) == buffer.value.get();
+    return !buffer.is_stand_in &&
+           PyDict_GetItem(buffer.dict.get(), buffer.name.get()) == buffer.value.get();
   });
+  // A name that the function itself gives another value is the program's own business.
+  std::erase_if(bindings_,
+                [](const Binding& binding) { return binding.now() != binding.value.get(); });
 }
 
 namespace {
@@ -166,14 +185,14 @@ namespace {
 class TrainingScope {
  public:
   explicit TrainingScope(const std::vector<Reach::Module>& modules) {
-    for (const auto& [module, training] : modules) {
-      PyObject** dict = _PyObject_GetDictPtr(module.get());
-      PyObject* now = dict != nullptr && *dict != nullptr ? PyDict_GetItem(*dict, name()) : nullptr;
-      if (now != nullptr && (now != Py_False) != training) {
-        flipped_.push_back({Ref::borrow(*dict), Ref::borrow(now)});
-        PyDict_SetItem(*dict, name(), training ? Py_True : Py_False);
-      }
-    }
+    visit_others(modules, [this](PyObject* dict, PyObject* now, bool training) {
+      flipped_.push_back({Ref::borrow(dict), Ref::borrow(now)});
+      PyDict_SetItem(dict, name(), training ? Py_True : Py_False);
+    });
+  }
+  // Appends what a scope changes: the address of each dict.
+  static void add_to(Lease::Keys& keys, const std::vector<Reach::Module>& modules) {
+    visit_others(modules, [&keys](PyObject* dict, PyObject*, bool) { keys.push_back(dict); });
   }
   ~TrainingScope() {
     if (flipped_.empty()) {
@@ -192,6 +211,17 @@ class TrainingScope {
     static PyObject* const name = PyUnicode_InternFromString("training");
     return name;
   }
+  // The dicts of those that are not as they were, with what is there and what was.
+  template <typename Visit>
+  static void visit_others(const std::vector<Reach::Module>& modules, const Visit& visit) {
+    for (const auto& [module, training] : modules) {
+      PyObject** dict = _PyObject_GetDictPtr(module.get());
+      PyObject* now = dict != nullptr && *dict != nullptr ? PyDict_GetItem(*dict, name()) : nullptr;
+      if (now != nullptr && (now != Py_False) != training) {
+        visit(*dict, now, training);
+      }
+    }
+  }
   std::vector<std::pair<Ref, Ref>> flipped_;  // dict, and what it held
 };
 
@@ -200,9 +230,10 @@ class TrainingScope {
 class BuffersScope {
  public:
   explicit BuffersScope(const std::vector<Reach::Buffer>& buffers) {
-    for (const auto& [dict, name, begin] : buffers) {
+    for (const auto& [dict, name, begin, is_stand_in] : buffers) {
       PyObject* now = PyDict_GetItem(dict.get(), name.get());
-      outer_.push_back({Ref::borrow(dict.get()), Ref::borrow(name.get()), Ref::borrow(now)});
+      outer_.push_back(
+          {Ref::borrow(dict.get()), Ref::borrow(name.get()), Ref::borrow(now), is_stand_in});
       if (now != begin.get()) {
         PyDict_SetItem(dict.get(), name.get(), begin.get());
       }
@@ -213,7 +244,7 @@ class BuffersScope {
       return;
     }
     const ErrorSetAside outer_error;
-    for (const auto& [dict, name, value] : outer_) {
+    for (const auto& [dict, name, value, is_stand_in] : outer_) {
       if (value.get() == PyDict_GetItem(dict.get(), name.get())) {
         continue;
       }
@@ -229,6 +260,41 @@ class BuffersScope {
 
  private:
   std::vector<Reach::Buffer> outer_;
+};
+
+// Note [Late binding]
+//
+//   for layer in layers:
+//       x = checkpoint(lambda t: layer(t).tanh(), x)
+//
+// When backward runs, the name stands for the last layer, whichever segment asks. So names
+// that somebody else has given another value since the forward have the forward's again, for
+// a scope.
+class BindingsScope {
+ public:
+  explicit BindingsScope(const std::vector<Binding>& bindings) {
+    for (const auto& binding : bindings) {
+      PyObject* now = binding.now();
+      if (now != binding.value.get()) {
+        changed_.push_back({&binding, Ref::borrow(now)});
+        binding.set(binding.value.get());
+      }
+    }
+  }
+  ~BindingsScope() {
+    if (changed_.empty()) {
+      return;
+    }
+    const ErrorSetAside outer_error;
+    for (const auto& [binding, now] : changed_) {
+      binding->set(now.get());
+    }
+  }
+  BindingsScope(const BindingsScope&) = delete;
+  BindingsScope& operator=(const BindingsScope&) = delete;
+
+ private:
+  std::vector<std::pair<const Binding*, Ref>> changed_;
 };
 
 // The variables of contextvars as in the forward, for a scope; changes end with it.
@@ -257,13 +323,47 @@ class ContextVariablesScope {
 
 }  // namespace
 
+// Replays that change the attributes of one object take turns.
+std::optional<Lease> PythonProgram::take_objects() const {
+  Lease::Keys keys;
+  const bool others_hold = Lease::held_by_others(Lease::Kind::kObject);
+  if (others_hold) {
+    // Another replay may have flipped a module of ours for a while.
+    for (const auto& [module, training] : modules_) {
+      PyObject** dict = _PyObject_GetDictPtr(module.get());
+      if (dict != nullptr && *dict != nullptr) {
+        keys.push_back(*dict);
+      }
+    }
+  } else {
+    TrainingScope::add_to(keys, modules_);
+  }
+  for (const auto& buffer : buffers_) {
+    keys.push_back(buffer.dict.get());
+  }
+  for (const auto& binding : bindings_) {
+    if (others_hold || binding.now() != binding.value.get()) {
+      keys.push_back(binding.scope.get());
+    }
+  }
+  argument_objects_.add_to(keys);
+  if (keys.empty()) {
+    return std::nullopt;
+  }
+  return std::make_optional<Lease>(Lease::Kind::kObject, keys, [](size_t) {
+    return std::string("an object whose attributes its function changes");
+  });
+}
+
 Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   size_t next = 0;
   Ref args = args_->build(inputs, &next);
   Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
   inputs.clear();
+  const std::optional<Lease> lease = take_objects();
   const TrainingScope training(modules_);
   const BuffersScope buffers(buffers_);
+  const BindingsScope names(bindings_);
   const ArgumentObjectsScope objects(argument_objects_);
   const ContextVariablesScope variables(context_variables_.get());
   const DynamoPaused paused;

@@ -12,6 +12,7 @@
 #include "bindings/arguments.h"
 #include "bindings/python_object.h"
 #include "bindings/reach.h"
+#include "lease.h"
 #include "segment/segment.h"
 
 namespace reprise::bindings {
@@ -33,7 +34,9 @@ class PythonProgram final : public Program {
   // evaluation and the tensors that are their buffers, and, with `context_variables`, the
   // variables of contextvars.
   // `objects`: arguments that the function may change.
-  void hold(Reach& reach, const std::vector<PyObject*>& objects, bool context_variables);
+  // `bindings`: also what the function's names stand for.
+  void hold(Reach& reach, const std::vector<PyObject*>& objects, bool context_variables,
+            bool bindings);
   // After the forward.
   void settle();
 
@@ -49,6 +52,7 @@ class PythonProgram final : public Program {
   // One call of the function with `inputs`, which are dropped before it begins:
   // what fn frees early must be freed. Null with the error set, or suppressed.
   Ref call(std::vector<at::Tensor>&& inputs, bool* suppressed);
+  std::optional<Lease> take_objects() const;
 
   // Strong references, given back under the interpreter lock.
   Ref function_;
@@ -57,7 +61,9 @@ class PythonProgram final : public Program {
   Ref replay_context_;
   Ref debug_session_;
   std::vector<Reach::Module> modules_;
-  std::vector<Reach::Buffer> buffers_;  // after the forward: those that are others now
+  // After the forward: those that are others now, and stand-ins.
+  std::vector<Reach::Buffer> buffers_;
+  std::vector<Binding> bindings_;  // after the forward: those that it left alone
   ArgumentObjects argument_objects_;
   Ref context_variables_;  // a contextvars.Context, never entered itself
 };

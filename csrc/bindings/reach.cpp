@@ -79,16 +79,74 @@ struct Names {
   PyObject* running_var = PyUnicode_InternFromString("running_var");
 };
 
-// The names of attributes that a function's code asks for; null: all of them.
-using NamesInCode = PyObject*;  // a tuple of str, borrowed
+// The names of globals and attributes that a function's code asks for, and the code inside
+// of it: lambdas, comprehensions, inner functions.
+class NamesInCode {
+ public:
+  explicit NamesInCode(PyObject* function) { add(function); }
 
-bool names_it(NamesInCode names, PyObject* name) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
-    if (PyTuple_GET_ITEM(names, i) == name) {
-      return true;
+  // The function that a decorated one stands for has names of its own.
+  static NamesInCode with_wrapped(PyObject* function) {
+    static PyObject* const wrapped = PyUnicode_InternFromString("__wrapped__");
+    NamesInCode names(function);
+    for (int i = 0; i < kMostWrappers; ++i) {
+      PyObject* dict = reinterpret_cast<PyFunctionObject*>(function)->func_dict;
+      PyObject* inner = dict != nullptr ? PyDict_GetItem(dict, wrapped) : nullptr;
+      if (inner == nullptr || !PyFunction_Check(inner)) {
+        break;
+      }
+      names.add(inner);
+      function = inner;
+    }
+    return names;
+  }
+
+  size_t size() const { return names_.size(); }
+  PyObject* operator[](size_t index) const { return names_[index]; }
+  bool has(PyObject* name) const {
+    return std::find(names_.begin(), names_.end(), name) != names_.end();
+  }
+
+ private:
+  static constexpr int kMostWrappers = 8;
+
+  void add(PyObject* function) { add_code(PyFunction_GET_CODE(function), 0); }
+  void add_code(PyObject* object, int depth) {
+    const auto* code = reinterpret_cast<PyCodeObject*>(object);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); ++i) {
+      PyObject* name = PyTuple_GET_ITEM(code->co_names, i);
+      if (names_.empty() || depth == 0 || !has(name)) {
+        names_.push_back(name);
+      }
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_consts); ++i) {
+      PyObject* constant = PyTuple_GET_ITEM(code->co_consts, i);
+      if (PyCode_Check(constant) && depth < kMostWrappers) {
+        add_code(constant, depth + 1);
+      }
     }
   }
-  return false;
+
+  c10::SmallVector<PyObject*, 24> names_;  // borrowed from the code
+};
+
+// The function whose code runs when the object is called; null if that is not to be seen.
+PyObject* function_of(PyObject* callable) {
+  for (int i = 0; i < 8 && !PyFunction_Check(callable); ++i) {
+    if (PyMethod_Check(callable)) {
+      callable = PyMethod_GET_FUNCTION(callable);
+    } else if (PyObject_TypeCheck(callable, partial_type())) {
+      // Held by the partial, which outlives this.
+      callable = Ref::steal(PyObject_GetAttrString(callable, "func")).get();
+    } else {
+      return nullptr;
+    }
+    if (callable == nullptr) {
+      PyErr_Clear();
+      return nullptr;
+    }
+  }
+  return PyFunction_Check(callable) ? callable : nullptr;
 }
 
 class Search {
@@ -117,7 +175,7 @@ class Search {
       } else if (!PyFunction_Check(function) || is_forward(function)) {
         module(self, /*certain=*/true);
       } else {
-        named_attributes(self, names_in(function));
+        named_attributes(self, NamesInCode::with_wrapped(function));
       }
     } else if (PyObject_TypeCheck(object, partial_type())) {
       Ref inner = Ref::steal(PyObject_GetAttrString(object, "func"));
@@ -150,8 +208,10 @@ class Search {
 
   // An argument: true if it is a generator or a module.
   bool argument(PyObject* object) {
-    const Kind kind = kind_of(object);
-    if (kind == Kind::kOther) {
+    if (kind_of(object) == Kind::kOther) {
+      if (is_object_with_attributes(object)) {
+        object_with_attributes(object, /*certain=*/false);
+      }
       return false;
     }
     item(object, nullptr, true);
@@ -159,10 +219,6 @@ class Search {
   }
 
  private:
-  static NamesInCode names_in(PyObject* function) {
-    return reinterpret_cast<PyCodeObject*>(PyFunction_GET_CODE(function))->co_names;
-  }
-
   static bool is_forward(PyObject* function) {
     PyObject* name = reinterpret_cast<PyFunctionObject*>(function)->func_name;
     return PyUnicode_CompareWithASCIIString(name, "forward") == 0 ||
@@ -227,6 +283,10 @@ class Search {
 
   void tensor(PyObject* object, PyObject* name, PyObject* owner, bool training, bool certain,
               bool is_buffer) {
+    // A lazy module's, which gets its memory in the first forward.
+    if (std::strncmp(Py_TYPE(object)->tp_name, "Uninitialized", 13) == 0) {
+      return;
+    }
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (sought_ != nullptr && tensor.unsafeGetTensorImpl() == sought_ && found_.empty()) {
       describe(name, owner);
@@ -264,6 +324,7 @@ class Search {
   void function(PyObject* object) {
     PyObject* closure = PyFunction_GET_CLOSURE(object);
     auto* code = reinterpret_cast<PyCodeObject*>(PyFunction_GET_CODE(object));
+    const NamesInCode names(object);
     if (closure != nullptr) {
       Ref free_names;  // CPython makes a new tuple each time it is asked
       for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
@@ -280,7 +341,7 @@ class Search {
           name = free_names ? PyTuple_GET_ITEM(free_names.get(), i) : nullptr;
         }
         if (kind_of(content) == Kind::kModule && name == Names::get().self) {
-          named_attributes(content, code->co_names);
+          named_attributes(content, names);
           continue;
         }
         value(content, name, true);
@@ -298,10 +359,9 @@ class Search {
     // Functions among the globals lead into every library that is imported by name.
     const bool outer = std::exchange(into_functions_, false);
     PyObject* globals = PyFunction_GET_GLOBALS(object);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); ++i) {
-      PyObject* name = PyTuple_GET_ITEM(code->co_names, i);
-      if (PyObject* global = PyDict_GetItem(globals, name)) {
-        value(global, name, true);
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (PyObject* global = PyDict_GetItem(globals, names[i])) {
+        value(global, names[i], true);
       }
     }
     into_functions_ = outer;
@@ -386,8 +446,9 @@ class Search {
       for (const auto& [module, training] : memo.modules()) {
         reach_.modules.push_back({Ref::borrow(module), training});
       }
-      for (const auto& [dict, name, value] : memo.buffers()) {
-        reach_.buffers.push_back({Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value)});
+      for (const auto& [dict, name, value, is_stand_in] : memo.buffers()) {
+        reach_.buffers.push_back(
+            {Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value), is_stand_in});
       }
       for (PyObject* found : memo.generators()) {
         generator(found);
@@ -450,16 +511,20 @@ class Search {
   }
 
   void tensors_of(PyObject* dict, PyObject* owner, bool training, bool certain, bool are_buffers,
-                  NamesInCode only) {
+                  const NamesInCode* only) {
     PyObject *name = nullptr, *entry = nullptr;
     for (Py_ssize_t i = 0; PyDict_Next(dict, &i, &name, &entry) != 0;) {
-      if (only != nullptr && !names_it(only, name)) {
+      if (only != nullptr && !only->has(name)) {
         continue;
       }
-      if (are_buffers) {
-        reach_.buffers.push_back({Ref::borrow(dict), Ref::borrow(name), Ref::borrow(entry)});
+      // Subclasses among parameters (of sharding libraries) are exchanged on purpose.
+      const bool is_stand_in =
+          !are_buffers && Py_TYPE(entry) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
+      if (are_buffers || is_stand_in) {
+        reach_.buffers.push_back(
+            {Ref::borrow(dict), Ref::borrow(name), Ref::borrow(entry), is_stand_in});
         if (memo_ != nullptr) {
-          memo_->add_buffer(dict, name, entry);
+          memo_->add_buffer(dict, name, entry, is_stand_in);
         }
       }
       if (kind_of(entry) == Kind::kTensor) {
@@ -470,13 +535,13 @@ class Search {
 
   // The attributes of a module that a function's code names; all of them if it names a
   // method, which may use any.
-  void named_attributes(PyObject* object, NamesInCode names_in_code) {
+  void named_attributes(PyObject* object, const NamesInCode& names_in_code) {
     const Ref dict = dict_of(object);
     if (!dict) {
       return;
     }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_in_code); ++i) {
-      PyObject* in_type = _PyType_Lookup(Py_TYPE(object), PyTuple_GET_ITEM(names_in_code, i));
+    for (size_t i = 0; i < names_in_code.size(); ++i) {
+      PyObject* in_type = _PyType_Lookup(Py_TYPE(object), names_in_code[i]);
       if (in_type != nullptr) {
         module(object, false);
         return;
@@ -491,12 +556,12 @@ class Search {
     for (PyObject* group : {names.parameters, names.buffers}) {
       PyObject* tensors = PyDict_GetItem(dict.get(), group);
       if (tensors != nullptr && PyDict_CheckExact(tensors)) {
-        tensors_of(tensors, object, training, true, group == names.buffers, names_in_code);
+        tensors_of(tensors, object, training, true, group == names.buffers, &names_in_code);
       }
     }
     PyObject* submodules = PyDict_GetItem(dict.get(), names.modules);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_in_code); ++i) {
-      PyObject* name = PyTuple_GET_ITEM(names_in_code, i);
+    for (size_t i = 0; i < names_in_code.size(); ++i) {
+      PyObject* name = names_in_code[i];
       PyObject* entry = PyDict_GetItem(dict.get(), name);
       if (entry == nullptr && submodules != nullptr && PyDict_CheckExact(submodules)) {
         entry = PyDict_GetItem(submodules, name);
@@ -527,6 +592,41 @@ class Search {
 const at::Generator* as_generator(PyObject* object) noexcept {
   return kind_of(object) == Kind::kGenerator ? &reinterpret_cast<THPGenerator*>(object)->cdata
                                              : nullptr;
+}
+
+void Binding::set(PyObject* to) const {
+  if (!name) {
+    PyCell_Set(scope.get(), to);
+  } else if (to != nullptr) {
+    PyDict_SetItem(scope.get(), name.get(), to);
+  } else if (now() != nullptr) {
+    PyDict_DelItem(scope.get(), name.get());
+  }
+}
+
+std::vector<Binding> bindings_of(PyObject* callable) {
+  std::vector<Binding> found;
+  PyObject* function = function_of(callable);
+  if (function == nullptr) {
+    return found;
+  }
+  if (PyObject* closure = PyFunction_GET_CLOSURE(function)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
+      PyObject* cell = PyTuple_GET_ITEM(closure, i);
+      if (PyObject* content = PyCell_GET(cell)) {
+        found.push_back({Ref::borrow(cell), Ref(), Ref::borrow(content)});
+      }
+    }
+  }
+  PyObject* globals = PyFunction_GET_GLOBALS(function);
+  const NamesInCode names(function);
+  for (size_t i = 0; i < names.size(); ++i) {
+    PyObject* global = PyDict_GetItem(globals, names[i]);
+    if (global != nullptr && !PyModule_Check(global) && !PyType_Check(global)) {
+      found.push_back({Ref::borrow(globals), Ref::borrow(names[i]), Ref::borrow(global)});
+    }
+  }
+  return found;
 }
 
 void look_around(PyObject* callable, std::vector<PyObject*>& arguments, Reach& reach) {

@@ -1,8 +1,9 @@
 // What a Python callable reaches without being given it: generators, modules and their
 // buffers and parameters, other tensors.
 //
-// Looked at: the function's closure, defaults and the globals that its code names; the
-// attributes of the module or object that it belongs to, of modules in any of these
+// Looked at: the function's closure, defaults and the globals that its code names (lambdas,
+// comprehensions and inner functions of it included); the attributes of objects among the
+// arguments; the attributes of the module or object that it belongs to, of modules in any of these
 // places, and of their submodules; functions in the closure and in
 // attributes; functools.partial and bound methods are seen through.
 // Containers (list, tuple, dict) are looked into one level deep. What only functions
@@ -29,11 +30,12 @@ struct Reach {
     Ref module;
     bool training;
   };
-  // Of a module's dict of buffers.
+  // Of a module's dict of buffers, or of parameters.
   struct Buffer {
     Ref dict;
     Ref name;
-    Ref value;  // a tensor or None
+    Ref value;         // a tensor or None
+    bool is_stand_in;  // a plain tensor among parameters: torch.func.functional_call
   };
   std::vector<at::Generator> generators;
   std::vector<Module> modules;
@@ -43,6 +45,23 @@ struct Reach {
 
 // The generator in a torch.Generator, or null for any other object. Borrowed.
 const at::Generator* as_generator(PyObject* object) noexcept;
+
+// What a name in a function's code stood for: a variable that it closes over, or a global.
+struct Binding {
+  Ref scope;  // the cell, or the dict of globals
+  Ref name;   // null for a cell
+  Ref value;
+
+  PyObject* now() const {
+    return name ? PyDict_GetItem(scope.get(), name.get()) : PyCell_GET(scope.get());
+  }
+  // Null: unbound. An error is left set.
+  void set(PyObject* to) const;
+};
+
+// Of the function that `callable` is, or is a method or partial of; modules and classes left
+// out. With the interpreter lock.
+std::vector<Binding> bindings_of(PyObject* callable);
 
 // Adds to `reach` what `callable` reaches, and the generators and modules among `arguments`;
 // the other ones of these are left in it. An attribute that cannot be read counts as

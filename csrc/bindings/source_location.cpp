@@ -1,6 +1,7 @@
 #include "bindings/source_location.h"
 
 #include <frameobject.h>
+#include <pthread.h>
 
 #include <array>
 #include <cstdint>
@@ -25,7 +26,13 @@ struct CodeTable {
 };
 
 CodeTable& table() {
-  static CodeTable* table = new CodeTable;
+  static CodeTable* table = [] {
+    // Not while another thread writes to it: that thread is not in the child.
+    pthread_atfork([] { reprise::bindings::table().mutex.lock(); },
+                   [] { reprise::bindings::table().mutex.unlock(); },
+                   [] { reprise::bindings::table().mutex.unlock(); });
+    return new CodeTable;
+  }();
   return *table;
 }
 

@@ -28,7 +28,7 @@ namespace reprise::bindings {
 SourceLocation current_location() noexcept;
 std::string describe(const SourceLocation& where);
 
-// Frames of code below this directory are passed over: torch's and our own.
+// Frames of code whose file begins with one of these are passed over: torch's and our own.
 void set_internal_paths(std::vector<std::string> prefixes);
 
 }  // namespace reprise::bindings

@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <new>
 #include <unordered_set>
 
 #include "segment/replay.h"
@@ -13,14 +12,29 @@ namespace reprise {
 
 Ledger& Ledger::get() {
   static Ledger* ledger = [] {
-    // A thread that held a lock when the process forked is not in the child.
-    pthread_atfork(nullptr, nullptr, [] {
-      new (&get().mutex_) std::mutex;
-      new (&get().rows_mutex_) std::mutex;
-    });
+    // Not while another thread holds one of the locks: that thread is not in the child.
+    // Whoever holds one waits for nobody.
+    pthread_atfork([] { get().lock_all(); }, [] { get().unlock_all(); },
+                   [] { get().unlock_all(); });
     return new Ledger;  // never destroyed: segments may outlive static teardown
   }();
   return *ledger;
+}
+
+void Ledger::lock_all() {
+  rows_mutex_.lock();
+  mutex_.lock();
+  for (Segment* s = first_; s != nullptr; s = s->ledger_next_) {
+    s->mutex_.lock();
+  }
+}
+
+void Ledger::unlock_all() {
+  for (Segment* s = first_; s != nullptr; s = s->ledger_next_) {
+    s->mutex_.unlock();
+  }
+  mutex_.unlock();
+  rows_mutex_.unlock();
 }
 
 void Ledger::add(Segment& segment) {

@@ -24,7 +24,7 @@ class Replay;
 class Segment;
 
 // One segment of a recording. Filled by the segment and its replays, read by
-// whoever recorded; guarded by the ledger's mutex.
+// whoever recorded; guarded by Ledger::lock_rows().
 struct LedgerRow {
   std::shared_ptr<Timeline> timeline;  // null if none was asked for
   std::string name;
@@ -77,6 +77,10 @@ class Ledger {
   std::unique_lock<std::mutex> lock_rows() { return std::unique_lock<std::mutex>(rows_mutex_); }
 
  private:
+  // All locks of the ledger and of live segments, around a fork.
+  void lock_all();
+  void unlock_all();
+
   mutable std::mutex mutex_;  // guards the list
   Segment* first_ = nullptr;
   size_t n_live_ = 0;

@@ -50,10 +50,15 @@ ReplayMark*& ReplayMark::innermost() {
 }
 
 Replay::~Replay() {
-  if (holder_) {
-    for (const auto& values : values_) {
-      holder_->drop(values);
-    }
+  for (size_t i = 0; i < is_held_.size(); ++i) {
+    drop_from_holder(i);
+  }
+}
+
+void Replay::drop_from_holder(size_t index) {
+  if (index < is_held_.size() && is_held_[index]) {
+    is_held_[index] = false;
+    holder_->drop(values_[index].storage().unsafeGetStorageImpl());
   }
 }
 
@@ -107,6 +112,10 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
   slots_at_start_ = segment.slots_.size();
   forward_was_done_ = segment.forward_done_;
   values_.resize(slots_at_start_);
+  // Autograd has no versions to compare there, and what is held here is no copy.
+  const bool hooked = segment.options_.check_versions && !segment.checks_versions_;
+  versions_.assign(hooked ? slots_at_start_ : 0, 0);
+  is_held_.resize(holder_ ? slots_at_start_ : 0);
   wanted_.assign(slots_at_start_, false);
   last_wanted_ = -1;
   for (size_t i = 0; i < slots_at_start_; ++i) {
@@ -156,6 +165,12 @@ bool Replay::is_nearly_done(const Segment& segment, uint32_t index,
   return elements <= kFewElements;
 }
 
+namespace {
+uint32_t version_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+}  // namespace
+
 at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   at::Tensor values = compat::values_of(tensor);
   if (stopped_.load(std::memory_order_relaxed)) {
@@ -202,8 +217,11 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
       if (wanted_[index]) {
         if (segment.slots_[index].live > 0 || key_.none()) {
           values_[index] = values;
+          if (!versions_.empty() && tensor.requires_grad()) {
+            versions_[index] = 1 + uint64_t{version_of(values)};
+          }
           if (holder_) {
-            holder_->hold(tensor);
+            is_held_[index] = holder_->hold(tensor);
           }
         }
         wanted_[index] = false;
@@ -285,9 +303,7 @@ at::Tensor Replay::take(uint32_t index) {
   if (index >= values_.size()) {
     return at::Tensor();
   }
-  if (holder_) {
-    holder_->drop(values_[index]);
-  }
+  drop_from_holder(index);
   return std::exchange(values_[index], at::Tensor());
 }
 
@@ -353,6 +369,17 @@ void Replay::check(Segment& segment) {
           << "  the first that is missing, at position " << i << ": " << expected.describe()
           << ", saved at " << host().describe(slot.where);
       fail(segment, out.str());
+    }
+  }
+  for (size_t i = 0; i < versions_.size(); ++i) {
+    if (versions_[i] != 0 && values_[i].defined() &&
+        versions_[i] != 1 + uint64_t{version_of(values_[i])}) {
+      const Slot slot = segment.slots_[i];
+      lock.unlock();
+      fail(segment, segment.name() + " changes a tensor in place that backward needs, saved at " +
+                        host().describe(slot.where) +
+                        ". Saved-tensor hooks around the call keep its value in the forward; a "
+                        "replay does not go through them. Change a copy.");
     }
   }
   if (segment.options_.check_values) {

@@ -104,7 +104,7 @@ class Replay final : public c10::intrusive_ptr_target {
 
   // The rest is guarded by the segment's mutex.
 
-  // Prepares a run over the first `slots` slots; fills those that are live and
+  // Prepares a run over the slots that there are now; fills those that are live and
   // empty, or only `only`.
   void start(const Segment& segment, std::optional<uint32_t> only);
   // The values for an unpack; undefined if they were handed over before and
@@ -144,6 +144,8 @@ class Replay final : public c10::intrusive_ptr_target {
   std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
   c10::SmallVector<at::Tensor, 4> values_;  // by slot; undefined: not filled or handed over
   std::shared_ptr<Timeline> holder_;        // where that is noted; nearly always null
+  std::vector<bool> is_held_;               // by slot: noted there; empty without one
+  void drop_from_holder(size_t index);
 
   // Is the operator that saves slot `index` as good as done? `tensor`: what it
   // saves there.
@@ -174,6 +176,9 @@ class Replay final : public c10::intrusive_ptr_target {
   bool operator_may_fill_ = false;  // it may write to a tensor that it saved
   size_t slots_at_start_ = 0;
   bool forward_was_done_ = false;
+  // Of the values, where hooks of the user's keep what autograd saves in the forward; 0
+  // where nothing is to be compared, else the version + 1.
+  std::vector<uint64_t> versions_;
   std::vector<Mismatch> mismatches_;
   ValueNotes value_notes_;
   std::string failure_;  // an error that was raised inside fn

@@ -82,6 +82,13 @@ class ReplayScope {
                     " in place for the first time, so that no copy of what it was before is at "
                     "hand for the replay. It will be from the next call on. If that cannot wait, "
                     "call the function once without gradients, or without checkpointing."
+          : problem.by_fn
+              ? "torch_reprise: " + segment.name() + " changes " + where +
+                    " in place in its forward, of which no copy is kept (as of all that requires "
+                    "grad). A replay would begin with the changed value. Change it outside of the "
+                    "checkpointed function; where doing it twice changes nothing (a clamp, "
+                    "nn.Embedding with max_norm), Checkpointer(preserve_state=False) replays with "
+                    "what is there."
               : "torch_reprise: " + where + " was modified by an inplace operation after " +
                     segment.name() +
                     " used it in its forward and before its replay: it was at "
@@ -103,7 +110,8 @@ class ReplayScope {
 
   static RngScope rewind(Segment& segment) {
     try {
-      return RngScope(segment.stash(), segment.options().preserve_rng_state);
+      const auto& options = segment.options();
+      return RngScope(segment.stash(), options.preserve_rng_state, options.check_rng);
     } catch (const OutOfReach& error) {
       host().throw_checkpoint_error("torch_reprise: the replay of " + segment.name() +
                                     " cannot draw the random numbers of its forward again.\n  " +

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "rng/generator_lease.h"
+#include "lease.h"
 #include "segment/ledger.h"
 #include "segment/replay.h"
 #include "segment/slot_hooks.h"
@@ -41,7 +41,14 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->inputs_.reserve(inputs.size());
   for (const auto& input : inputs) {
+    const auto first = std::find_if(inputs.begin(), inputs.end(),
+                                    [&input](const auto& other) { return other.is_same(input); });
     Input& entry = segment->inputs_.emplace_back();
+    if (&*first != &input) {
+      // Given twice: the replay gets one object twice as well. It is saved twice all the same,
+      // for in the replay of an enclosing segment these may be two tensors.
+      entry.same_as = first - inputs.begin();
+    }
     if (input.is_inference()) {
       // SavedVariable refuses inference tensors. They have no version to check.
       entry.inference = input;
@@ -58,9 +65,10 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   // Under hooks, an enclosing segment's or the user's, the inputs are kept by those.
   if (segment->holder_ && compat::top_pack_hook() == nullptr) {
-    segment->holds_inputs_ = true;
     for (const auto& input : inputs) {
-      segment->holder_->hold(input);
+      if (segment->holder_->hold(input)) {
+        segment->held_inputs_.push_back(input.storage().unsafeGetStorageImpl());
+      }
     }
   }
   segment->checks_versions_ = options.check_versions && !compat::user_hooks_in_force();
@@ -101,10 +109,8 @@ void Segment::drop() noexcept {
   dropped_ = true;
   Ledger::get().remove(*this);
   replays_.clear();
-  if (holds_inputs_) {
-    for (const auto* storage : input_storages_) {
-      holder_->drop(storage);
-    }
+  for (const auto* storage : held_inputs_) {
+    holder_->drop(storage);
   }
   stash_ = RngSnapshot();
   reached_ = ReachedState();
@@ -218,7 +224,12 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   const auto index = static_cast<uint32_t>(slots_.size() - 1);
   if (value_notes_) {
     lock.unlock();
-    write_fingerprints(value_notes_->add(index, tensor, at::sequence_number::peek()));
+    try {
+      write_fingerprints(value_notes_->add(index, tensor, at::sequence_number::peek()));
+    } catch (...) {
+      release(index);  // the graph never got it
+      throw;
+    }
   }
   return index;
 }
@@ -348,11 +359,12 @@ at::Tensor Segment::recomputed(const compat::ReplayKey& key, uint32_t index) con
 
 at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t index) {
   // Declared before the lock, so that they are destroyed after it is let go, and
-  // looked up before it is taken: both may need the interpreter lock.
-  auto group = key.is_group() ? compat::current_group() : std::nullopt;
+  // looked up without it: they may need the interpreter lock.
+  std::optional<c10::SafePyObject> group;
   const bool keep = key.is_group() && host().reports_its_end(key.group);
   c10::intrusive_ptr<Replay> replay;
-  bool registered = key.is_group();
+  std::vector<c10::intrusive_ptr<Replay>> past;  // of earlier rounds of the loop
+  bool prepared = false;
 
   // The graph may be freed while fn runs again (a backward inside it).
   const auto self = c10::intrusive_ptr<Segment>::reclaim_copy(this);
@@ -369,6 +381,9 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
     if (slots_[index].live == 0) {
       return replay_one(lock, index);  // the graph was freed meanwhile
     }
+    if (replay) {
+      past.push_back(std::move(replay));
+    }
     Replay* known = find_replay(key);
     replay = known != nullptr ? c10::intrusive_ptr<Replay>::reclaim_copy(known)
                               : c10::intrusive_ptr<Replay>();
@@ -381,26 +396,31 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
                      "The function reads saved tensors of its own outer graph; keep what it "
                      "needs from there outside of the checkpointed function."));
       }
-      if (GeneratorLease::held_by_this_chain() && GeneratorLease::is_waiting(replay->runner)) {
+      if (Lease::held_by_this_chain() && Lease::is_waiting(replay->runner)) {
         // It waits for our turn to end, so that waiting for it would last for
         // ever (a GraphExecGroup over threads whose functions run backward).
         return replay_one(lock, index);
       }
-      wait_for_replay(lock, replay->runner);
+      wait_for_replay(lock, *replay);
       continue;
     }
     if (replay) {
       // Handed over before, in the same backward: from now on keep.
       replay->keep_from_now_on();
-    } else if (!registered) {
+    } else if (!prepared) {
       lock.unlock();
-      EndOfGraphTask::add(*this, key);
-      registered = true;
+      if (key.is_group()) {
+        group = compat::current_group();
+      } else {
+        EndOfGraphTask::add(*this, key);
+      }
+      prepared = true;
       lock.lock();
       continue;  // another thread may have been quicker
     } else {
       replay = c10::make_intrusive<Replay>(key, keep, std::move(group));
       replays_.push_back(replay);
+      prepared = !key.is_group();  // the next one needs a reference of its own
     }
     replay->start(*this, std::nullopt);
     run_replay(lock, replay);
@@ -464,21 +484,17 @@ std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::Repl
   return taken;
 }
 
-void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock, std::thread::id runner) {
+void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock, const Replay& replay) {
   // The interpreter lock must be given up before mutex_ is waited for, and taken
   // back after mutex_ is let go: the running replay needs both in turn.
   lock.unlock();
   {
     const InterpreterReleased released;
-    const bool holds_lease = GeneratorLease::held_by_this_chain();
+    const bool holds_lease = Lease::held_by_this_chain();
     std::unique_lock<std::mutex> waiting(mutex_);
-    const auto over = [this] {
-      return std::none_of(replays_.begin(), replays_.end(),
-                          [](const auto& replay) { return replay->running; });
-    };
     // Whoever holds the lease looks again now and then: the runner may have come
     // to wait for it meanwhile.
-    while (!over() && !(holds_lease && GeneratorLease::is_waiting(runner))) {
+    while (replay.running && !(holds_lease && Lease::is_waiting(replay.runner))) {
       if (holds_lease) {
         replay_done_.wait_for(waiting, std::chrono::milliseconds(5));
       } else {
@@ -539,6 +555,10 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
           "torch_reprise: ", name(), " changed ", program_->input_name(i),
           " in place: what backward needs was modified by an inplace operation, and the function "
           "cannot be called again with the value that it was given. Change a copy inside of it."));
+    }
+    if (input.same_as >= 0) {
+      inputs.push_back(inputs[static_cast<size_t>(input.same_as)]);
+      continue;
     }
     if (input.inference.defined()) {
       inputs.push_back(input.inference);

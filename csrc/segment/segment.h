@@ -73,7 +73,8 @@ class Program {
   enum class Outcome : uint8_t { kFinished, kStopped, kWentOnAfterStop };
   virtual Outcome run(std::vector<at::Tensor> inputs, const std::atomic<bool>& stopped) = 0;
 
-  // The same, to the end, and returns the tensors among the outputs in order.
+  // The same to the end, without the interpreter lock; returns the tensors among the
+  // outputs in order.
   virtual std::vector<at::Tensor> run_for_outputs(std::vector<at::Tensor> inputs) = 0;
 
   // "Block.forward" or the like, for messages and tables.
@@ -168,13 +169,15 @@ class Segment final : public c10::intrusive_ptr_target {
   void drop() noexcept;
   void begin_row();  // a recording is on
 
-  // Both with mutex_ held through `lock`, which is let go while fn runs.
-  void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
   // Waits for the replay that fills the slot or runs it. Without mutex_.
   at::Tensor replay_and_unpack(const compat::ReplayKey& key, uint32_t index);
+  // The next three with mutex_ held through `lock`, which is let go while fn runs and
+  // while this thread waits.
+  void run_replay(std::unique_lock<std::mutex>& lock, const c10::intrusive_ptr<Replay>& replay);
   // Recomputes one slot; nothing is kept.
   at::Tensor replay_one(std::unique_lock<std::mutex>& lock, uint32_t index);
-  void wait_for_replay(std::unique_lock<std::mutex>& lock, std::thread::id runner);
+  // Until `replay`, which runs on another thread, is over.
+  void wait_for_replay(std::unique_lock<std::mutex>& lock, const Replay& replay);
   void write_fingerprints(const std::vector<ValueNotes::Note>& notes);
   // Throws if the tensor of a slot was changed in place since it was saved: the
   // check that autograd makes where it keeps the tensor.
@@ -209,7 +212,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // Where it is noted what this segment keeps: its timeline, or, for one that began
   // inside of a replay, that of the segment which is replayed.
   std::shared_ptr<Timeline> holder_;
-  bool holds_inputs_ = false;  // noted there
+  std::vector<const c10::StorageImpl*> held_inputs_;  // noted there
 
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.
@@ -218,7 +221,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // Written at begin and end of the forward, read-only after.
   ReachedState reached_;
 
-  std::unique_ptr<ValueNotes> value_notes_;  // while the forward runs, if values are checked
+  std::unique_ptr<ValueNotes> value_notes_;  // used while the forward runs; null unless checked
 
   // The tensor arguments. Read-only after the forward: unpacking changes nothing.
   struct Input {
@@ -226,6 +229,7 @@ class Segment final : public c10::intrusive_ptr_target {
     at::Tensor inference;  // defined where SavedVariable refuses
     c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
     uint32_t saved_version = 0;
+    int64_t same_as = -1;         // the number of the first input that is the same tensor
     bool has_history = false;     // fn must not change it in place
     bool changed_inside = false;  // it did
   };

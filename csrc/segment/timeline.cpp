@@ -38,9 +38,9 @@ void Timeline::end_backward() {
   }
 }
 
-void Timeline::hold(const at::Tensor& tensor) {
+bool Timeline::hold(const at::Tensor& tensor) {
   if (!tensor.defined() || !tensor.has_storage() || compat::shows_a_leaf(tensor)) {
-    return;
+    return false;
   }
   const auto* storage = tensor.storage().unsafeGetStorageImpl();
   const auto key = reinterpret_cast<uintptr_t>(storage);
@@ -50,12 +50,7 @@ void Timeline::hold(const at::Tensor& tensor) {
     bytes = bytes_of(*storage);
     note_locked(Kind::kHold, bytes, key);
   }
-}
-
-void Timeline::drop(const at::Tensor& tensor) {
-  if (tensor.defined() && tensor.has_storage()) {
-    drop(tensor.storage().unsafeGetStorageImpl());
-  }
+  return true;
 }
 
 void Timeline::drop(const c10::StorageImpl* storage) {

@@ -63,9 +63,9 @@ class Timeline {
   void begin_backward();
   void end_backward();
   // A tensor that is kept from now on, and not any more. Those without a storage of
-  // one block count nothing; neither do parameters, which are there anyway.
-  void hold(const at::Tensor& tensor);
-  void drop(const at::Tensor& tensor);
+  // one block count nothing; neither do parameters, which are there anyway: then false,
+  // and it must not be dropped.
+  bool hold(const at::Tensor& tensor);
   void drop(const c10::StorageImpl* storage);
   // The next slot stands for this tensor. A storage counts once, however many slots show it.
   void save(const at::Tensor& tensor);
