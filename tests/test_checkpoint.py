@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import pickle
@@ -11,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Counted, Run, assert_exact, both_forms, checkpointed, grads, leaf, plain
+from helpers import (
+    Counted,
+    Run,
+    assert_exact,
+    both_forms,
+    checkpointed,
+    grads,
+    in_threads,
+    leaf,
+    plain,
+)
 from torch import Tensor, nn
 from torch.utils import checkpoint as upstream
 
@@ -122,6 +133,66 @@ def of_this_module(x: Tensor) -> Tensor:
 
 def test_a_decorated_function_is_pickled_by_its_name() -> None:
     assert pickle.loads(pickle.dumps(of_this_module)) is of_this_module
+
+
+class WithOwn(nn.Module):
+    """Keeps checkpointed callables of its own among its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.curried = checkpoint(use_reentrant=False)(self.plain)
+        self.wrapped = checkpoint(use_reentrant=False)(self.linear)
+        self.decorated = self.method
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()  # type: ignore[no-any-return]
+
+    @checkpoint(use_reentrant=False)
+    def method(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("attribute", ["curried", "wrapped", "decorated"])
+def test_a_copy_of_a_module_runs_its_own_parameters(attribute: str, copied: Any) -> None:
+    module = WithOwn()
+    other = copied(module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    result = getattr(other, attribute)(torch.ones(2, 3))
+    assert torch.equal(result, torch.zeros(2, 3))
+    result.sum().backward()
+    assert [p.grad for p in module.parameters()] == [None, None]
+    assert all(p.grad is not None for p in other.parameters())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_settings_are_decorators_too(threads: int) -> None:
+    calls: list[bool] = []
+
+    def fn(x: Tensor) -> Tensor:
+        y = x.sin().exp()
+        calls.append(torch_reprise.is_recomputing())
+        return y + 1
+
+    @torch_reprise.set_checkpoint_early_stop(False)
+    @torch_reprise.set_checkpoint_debug_enabled(None)
+    def step() -> None:
+        checkpoint(fn, leaf(3), use_reentrant=False).sum().backward()
+
+    def work(_: int) -> None:
+        step()
+
+    in_threads(threads, work)
+    assert sorted(calls) == [False] * threads + [True] * threads, "no early stop in it"
+    calls.clear()
+    setting = torch_reprise.set_checkpoint_early_stop(False)
+    with setting, setting:
+        pass
+    checkpoint(fn, leaf(3), use_reentrant=False).sum().backward()
+    assert calls == [False]
 
 
 def test_the_decorator_works_on_methods() -> None:
@@ -389,3 +460,36 @@ def test_a_configured_callable_serves_many_calls(option: str) -> None:
         call(x).sum().backward()
         assert torch.equal(x.grad, torch.autograd.grad(x.sin().exp().sum(), x)[0])
     assert function.calls == 6
+
+
+def test_a_list_that_changes_while_it_is_taken_apart() -> None:
+    class Shrinks:
+        @property
+        def __class__(self) -> type:
+            items.clear()
+            return object
+
+    items: list[Any] = [Shrinks(), *(object() for _ in range(1000))]
+    y = checkpoint(lambda x, _: x.sin(), leaf(3), items, use_reentrant=False)
+    y.sum().backward()
+
+
+class Labelled(namedtuple("Pair", "a b")):
+    """Has attributes besides its items."""
+
+
+@both_forms
+def test_tuples_with_names(use_reentrant: bool) -> None:
+    def fn(x: Tensor, pair: Labelled) -> Any:
+        return torch.max(x * pair.scale, 0)  # type: ignore[attr-defined]
+
+    pair = Labelled(1, 2)
+    pair.scale = 3.0  # type: ignore[attr-defined]
+    x = leaf(4, 3)
+    result = checkpoint(fn, x, pair, use_reentrant=use_reentrant)
+    expected = fn(x, pair)
+    assert type(result) is type(expected)
+    assert all(map(torch.equal, result, expected))
+    (found,) = torch.autograd.grad(result.values.sum(), x)
+    (wanted,) = torch.autograd.grad(expected.values.sum(), x)
+    assert torch.equal(found, wanted)

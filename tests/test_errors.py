@@ -75,6 +75,16 @@ def test_options_that_may_be_none_but_not_anything() -> None:
         set_checkpoint_early_stop(None)
 
 
+def test_generators_that_nobody_would_look_at() -> None:
+    with pytest.raises(ValueError, match="generators are replayed with preserve_rng_state=True"):
+        Checkpointer(generators=[torch.Generator()], preserve_rng_state=False)
+
+
+def test_an_ambient_policy_of_another_type() -> None:
+    with pytest.raises(ValueError, match=r"ambient must be one of .*got \['restore'\]"):
+        Checkpointer(ambient=["restore"])  # type: ignore[arg-type]
+
+
 def test_preserve_rng_state_of_the_wrong_type_in_the_reentrant_form() -> None:
     with pytest.raises(TypeError, match=r"preserve_rng_state must be True.*int"):
         checkpoint(torch.sin, leaf(2), use_reentrant=True, preserve_rng_state=1)  # type: ignore

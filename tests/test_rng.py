@@ -460,3 +460,30 @@ def test_states_of_cuda_devices_come_and_go() -> None:
     first = torch.rand(4, device="cuda")
     torch_reprise.set_device_states(devices, states, device_type="cuda")
     assert torch.equal(torch.rand(4, device="cuda"), first)
+
+
+def test_snapshots_are_equal_by_content() -> None:
+    one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    before = torch_reprise.rng.capture([], [one, other])
+    assert before == torch_reprise.rng.capture([], [other, one])
+    torch.rand(2, generator=other)
+    assert before != torch_reprise.rng.capture([], [other, one])
+
+
+def test_a_device_may_be_named_by_itself() -> None:
+    assert torch_reprise.rng.capture(torch.device("cpu")).generators == ("cpu",)
+
+
+def test_without_the_check_generators_of_others_are_left_alone() -> None:
+    """Somebody else draws while a replay runs that draws nothing: a thread, a hook."""
+
+    def fn(x: Tensor) -> Tensor:
+        if torch_reprise.is_recomputing():
+            drawn.append(torch.rand(3))  # stands for the thread
+        return x.sin().exp()
+
+    drawn: list[Tensor] = []
+    torch.manual_seed(0)
+    y = torch_reprise.Checkpointer(check_rng=False)(fn, leaf(3))
+    y.sum().backward()
+    assert not torch.equal(torch.rand(3), drawn[0]), "no number comes twice"

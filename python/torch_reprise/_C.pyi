@@ -10,9 +10,15 @@ CHECK_RNG: int
 AMBIENT_CHECK: int
 AMBIENT_IGNORE: int
 PRESERVE_STATE: int
+OWN_CONTEXTS: int
 CHECK_VALUES: int
 
 class EarlyStop(BaseException): ...
+
+class HostGeneratorsTurn:
+    def __init__(self) -> None: ...
+    def take(self) -> None: ...
+    def give_back(self) -> None: ...
 
 class RngSnapshot:
     @staticmethod

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Options behind these and "bench NAME", --help among them, belong to the module that runs.
     commands.add_parser(
         "demo",
-        help="train a small GPT three ways and compare the bits",
+        help="train a small GPT plain and checkpointed, and compare the bits",
         add_help=False,
         allow_abbrev=False,
     )

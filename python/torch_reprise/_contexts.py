@@ -1,9 +1,13 @@
-"""The contexts of ``context_fn``: their types, and the one place that calls and checks it."""
+"""The contexts of ``context_fn``: their types, and the one place that calls and checks it.
+
+And the context managers of settings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ContextDecorator
+from contextvars import ContextVar, Token
 from typing import Any
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -30,3 +34,26 @@ def make_contexts(context_fn: ContextFn) -> Contexts:
         "context_fn must return two context managers, one for the forward and one for the "
         f"replay; it returned {pair!r:.200}"
     )
+
+
+class ContextSetting(ContextDecorator):
+    """Gives a context variable a value for a block, or for each call of a function.
+
+    May be entered again inside of its block, and on several threads or in several tasks at once.
+    """
+
+    def __init__(self, variable: ContextVar[bool | None], value: bool | None) -> None:
+        self._variable = variable
+        self._value = value
+        # Of the blocks that are open in this context.
+        self._tokens: ContextVar[tuple[Token[bool | None], ...]] = ContextVar(
+            "torch_reprise.tokens", default=()
+        )
+
+    def __enter__(self) -> None:
+        self._tokens.set((*self._tokens.get(), self._variable.set(self._value)))
+
+    def __exit__(self, *exc: object) -> None:
+        *outer, last = self._tokens.get()
+        self._tokens.set(tuple(outer))
+        self._variable.reset(last)

@@ -24,9 +24,13 @@ class CheckpointError(torch_checkpoint.CheckpointError):
 
 def require_callable(name: str, value: Any) -> None:
     if not callable(value):
+        hint = (
+            " Pass the function or module to checkpoint first, then its arguments."
+            if name == "function"
+            else ""
+        )
         raise TypeError(
-            f"{name} must be callable, got {type(value).__name__}: {value!r:.100}. "
-            f"Pass the function or module to checkpoint first, then its arguments."
+            f"{name} must be callable, got {type(value).__name__}: {value!r:.100}.{hint}"
         )
 
 

@@ -64,7 +64,7 @@ def checkpoint_without_reentrant_generator(
         context_fn, respect_saved_tensors_hooks, preserve_rng_state, debug
     )
     forward, replay = contexts() if contexts is not None else (None, None)
-    flags = _flags(early_stop, preserve_rng_state, determinism_check)
+    flags = _flags(early_stop, preserve_rng_state, determinism_check, context_fn)
     segment = _C.open_segment(fn, args, kwargs, flags, replay, session)
     if segment is None:
         yield

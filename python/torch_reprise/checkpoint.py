@@ -8,17 +8,18 @@ segment).
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, TypeVar, overload
 
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 from . import _C, _compat
-from ._contexts import ContextFn, Contexts, make_contexts
+from ._contexts import ContextFn, Contexts, ContextSetting, make_contexts
 from ._errors import (
     CheckpointError,
     require_bool,
@@ -67,8 +68,8 @@ def is_recomputing() -> bool:
     return _C.is_recomputing()
 
 
-class set_checkpoint_early_stop:
-    """Context manager: whether replays stop as soon as all they need is recomputed.
+class set_checkpoint_early_stop(ContextSetting):
+    """Context manager and decorator: whether replays stop as soon as all they need is recomputed.
 
     Args:
         enable: overrides the ``early_stop`` argument of every checkpoint that
@@ -80,14 +81,7 @@ class set_checkpoint_early_stop:
 
     def __init__(self, enable: bool) -> None:
         require_bool("enable", enable)
-        self._enable = enable
-        self._tokens: list[Token[bool | None]] = []
-
-    def __enter__(self) -> None:
-        self._tokens.append(_early_stop.set(self._enable))
-
-    def __exit__(self, *exc: object) -> None:
-        _early_stop.reset(self._tokens.pop())
+        super().__init__(_early_stop, enable)
 
 
 def _is_noop(context_fn: Any) -> bool:
@@ -141,12 +135,15 @@ def _flags(
     early_stop: bool,
     preserve_rng_state: bool,
     determinism_check: str,
+    context_fn: ContextFn = noop_context_fn,
     check_rng: bool = True,
     ambient: str = "restore",
     preserve_state: bool = True,
 ) -> int:
     setting = _early_stop.get()
     flags = AMBIENT_POLICIES[ambient]
+    if not _is_noop(context_fn):
+        flags |= _C.OWN_CONTEXTS
     if preserve_state:
         flags |= _C.PRESERVE_STATE
     if early_stop if setting is None else setting:
@@ -228,7 +225,13 @@ def _run(
         return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     require_callable("function", function)
     flags = _flags(
-        early_stop, preserve_rng_state, determinism_check, check_rng, ambient, preserve_state
+        early_stop,
+        preserve_rng_state,
+        determinism_check,
+        context_fn,
+        check_rng,
+        ambient,
+        preserve_state,
     )
     if _C.is_traced():
         return under_tracer(
@@ -387,8 +390,6 @@ _compat.skip_frames_of(checkpoint, _run)
 class _Checkpointed:
     """A function that is checkpointed whenever it is called; works on methods too."""
 
-    __qualname__: str
-
     def __init__(self, options: dict[str, Any], function: Callable[..., Any]) -> None:
         require_callable("function", function)
         self._options = options
@@ -400,9 +401,13 @@ class _Checkpointed:
             _warn_use_reentrant("checkpoint", stacklevel=2)
         return _run(self._function, args, kwargs, **self._options)
 
-    def __reduce__(self) -> str:
-        # By name, as the function that it stands for would be.
-        return str(self.__qualname__)
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # Where it stands in place of its function: by name, as that one would be.
+        found: Any = sys.modules.get(getattr(self, "__module__", ""))
+        name = getattr(self, "__qualname__", "")
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return name if found is self else (_Checkpointed, (self._options, self._function))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         bind = getattr(self._function, "__get__", None)
@@ -474,9 +479,13 @@ class Checkpointer:
         require_bool("preserve_host_rng", preserve_host_rng)
         require_bool("check_rng", check_rng)
         require_bool("preserve_state", preserve_state)
-        if ambient not in AMBIENT_POLICIES:
+        if ambient not in tuple(AMBIENT_POLICIES):
             raise ValueError(f"ambient must be one of {tuple(AMBIENT_POLICIES)}, got {ambient!r}")
         generators = require_generators("generators", generators)
+        if generators and not preserve_rng_state:
+            raise ValueError(
+                "generators are replayed with preserve_rng_state=True alone; leave one of them out"
+            )
         if preserve_host_rng and use_reentrant:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
         self._options: dict[str, Any] = {

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import _compat
-from ._contexts import ContextFn, Contexts
+from ._contexts import ContextFn, Contexts, ContextSetting
 
 __all__ = ["set_checkpoint_debug_enabled"]
 
 debug_setting: ContextVar[bool | None] = ContextVar("torch_reprise.debug", default=None)
 
 
-class set_checkpoint_debug_enabled:
-    """Context manager: whether segments note their operators for error messages.
+class set_checkpoint_debug_enabled(ContextSetting):
+    """Context manager and decorator: whether segments note their operators for error messages.
 
     Args:
         enabled: True or False overrides the ``debug`` argument of every
@@ -42,14 +42,7 @@ class set_checkpoint_debug_enabled:
             raise TypeError(
                 f"enabled must be True, False or None, got {type(enabled).__name__}: {enabled!r}"
             )
-        self._value = enabled
-        self._tokens: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._tokens.append(debug_setting.set(self._value))
-
-    def __exit__(self, *exc: object) -> None:
-        debug_setting.reset(self._tokens.pop())
+        super().__init__(debug_setting, enabled)
 
 
 class _Operator(NamedTuple):

@@ -9,7 +9,8 @@
 
 Counters cost a segment a few nanoseconds; a recording costs a microsecond per
 segment and, for its events, up to one per saved tensor while it is on, and nothing
-when it is off (``python -m torch_reprise bench replay``). Nothing here prints. What draws is imported when it is asked for.
+when it is off (``python -m torch_reprise bench replay``). Nothing here prints. What
+draws is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def live_slots() -> int:
 
 
 def stashed_bytes() -> int:
-    """Bytes that live segments keep for random generators; shared states count once.
+    """Bytes that live segments keep of random states and of buffers; shared states count once.
 
     A segment that drew no number keeps none. While a forward runs its segment
     holds all generators' states, since it is not known yet which will move.

@@ -155,9 +155,18 @@ class RngSnapshot:
                 )
 
 
-def _defaults_on(devices: str | Iterable[Any]) -> list[torch.Generator]:
+def _current_index(device_type: str) -> int:
+    """The device that ``device_type`` without a number means."""
+    module = getattr(torch, device_type, None)
+    current = getattr(module, "current_device", None)
+    is_initialized = getattr(module, "is_initialized", lambda: True)
+    # Asking would initialise it.
+    return int(current()) if current is not None and is_initialized() else 0
+
+
+def _defaults_on(devices: str | torch.device | Iterable[Any]) -> list[torch.Generator]:
     existing = list(_C.default_generators())
-    if isinstance(devices, str):
+    if isinstance(devices, (str, torch.device)):
         if devices == "all":
             return existing
         devices = [devices]
@@ -165,7 +174,11 @@ def _defaults_on(devices: str | Iterable[Any]) -> list[torch.Generator]:
     chosen = []
     for device in devices:
         asked = torch.device(device)
-        name = asked.type if asked.type == "cpu" else f"{asked.type}:{asked.index or 0}"
+        if asked.type == "cpu":
+            name = "cpu"
+        else:
+            index = asked.index if asked.index is not None else _current_index(asked.type)
+            name = f"{asked.type}:{index}"
         if name not in known:
             raise ValueError(
                 f"devices: {device!r} has no default generator now; there are "
@@ -176,7 +189,7 @@ def _defaults_on(devices: str | Iterable[Any]) -> list[torch.Generator]:
 
 
 def capture(
-    devices: str | Iterable[str | torch.device] = "all",
+    devices: str | torch.device | Iterable[str | torch.device] = "all",
     generators: Iterable[torch.Generator] = (),
 ) -> RngSnapshot:
     """Notes where generators stand.
@@ -202,13 +215,13 @@ def capture(
 
 @contextmanager
 def fork(
-    devices: str | Iterable[str | torch.device] = "all",
+    devices: str | torch.device | Iterable[str | torch.device] = "all",
     generators: Iterable[torch.Generator] = (),
 ) -> Iterator[RngSnapshot]:
     """Puts the generators back at the end of the block, also after an error.
 
     The arguments are those of :func:`capture`. Unlike ``torch.random.fork_rng`` it
-    covers every accelerator at once and costs the same few hundred nanoseconds.
+    covers every accelerator at once, in about a microsecond.
     """
     snapshot = capture(devices, generators)
     try:
