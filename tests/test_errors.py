@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.utils import checkpoint as upstream
 
+import torch_reprise
 from torch_reprise import (
     Checkpointer,
     CheckpointError,
@@ -78,6 +79,28 @@ def test_options_that_may_be_none_but_not_anything() -> None:
 def test_generators_that_nobody_would_look_at() -> None:
     with pytest.raises(ValueError, match="generators are replayed with preserve_rng_state=True"):
         Checkpointer(generators=[torch.Generator()], preserve_rng_state=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"limit": -1}, ValueError, "limit must not be negative, got -1"),
+        ({"limit": "all"}, TypeError, "limit must be an int or None, got str"),
+        ({"limit": True}, TypeError, "limit must be an int or None, got bool"),
+        ({"events": 3}, TypeError, "events must be True or False, got int"),
+    ],
+    ids=repr,
+)
+def test_what_a_recording_cannot_be_asked_for(
+    given: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message), torch_reprise.ledger.record(**given):
+        pass
+
+
+def test_states_that_are_no_tensors() -> None:
+    with pytest.raises(TypeError, match=r"states\['cpu'\] must be a byte tensor, got NoneType"):
+        torch_reprise.rng.RngSnapshot.from_state_tensors({"cpu": None})  # type: ignore[dict-item]
 
 
 def test_an_ambient_policy_of_another_type() -> None:

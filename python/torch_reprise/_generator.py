@@ -2,8 +2,9 @@
 
 ``torch.distributed._composable.checkpoint``, torch_remat and others call
 ``torch.utils.checkpoint._checkpoint_without_reentrant_generator`` with positional
-arguments, advance it once before the forward and once after. ``install`` puts this
-function in its place.
+arguments, or since torch 2.15 ``_checkpoint_without_reentrant_generator_impl`` with those of
+the function apart, advance it once before the forward and once after. ``install`` puts these
+functions in their place.
 """
 
 from __future__ import annotations
@@ -33,6 +34,32 @@ def checkpoint_without_reentrant_generator(
     *args: Any,
     respect_saved_tensors_hooks: bool | None = None,
     **kwargs: Any,
+) -> Generator[None, None, None]:
+    """The arguments of ``fn`` behind the options: the only way until torch 2.14."""
+    return checkpoint_without_reentrant_generator_impl(
+        fn,
+        args,
+        kwargs,
+        preserve_rng_state=preserve_rng_state,
+        context_fn=context_fn,
+        determinism_check=determinism_check,
+        debug=debug,
+        early_stop=early_stop,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+    )
+
+
+def checkpoint_without_reentrant_generator_impl(
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    preserve_rng_state: bool = True,
+    context_fn: ContextFn = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    respect_saved_tensors_hooks: bool | None = None,
 ) -> Generator[None, None, None]:
     """Yields once: what the caller runs until it goes on is the forward of ``fn(*args, **kwargs)``.
 

@@ -26,7 +26,10 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from . import checkpoint as own
 from . import debug, rng, sequential
-from ._generator import checkpoint_without_reentrant_generator
+from ._generator import (
+    checkpoint_without_reentrant_generator,
+    checkpoint_without_reentrant_generator_impl,
+)
 
 __all__ = ["install", "installed", "is_installed", "uninstall"]
 
@@ -47,6 +50,10 @@ _REPLACED: dict[str, Any] = {
     "set_checkpoint_early_stop": own.set_checkpoint_early_stop,
     "_checkpoint_without_reentrant_generator": checkpoint_without_reentrant_generator,
 }
+if hasattr(torch_checkpoint, "_checkpoint_without_reentrant_generator_impl"):  # since 2.15
+    _REPLACED["_checkpoint_without_reentrant_generator_impl"] = (
+        checkpoint_without_reentrant_generator_impl
+    )
 
 
 def _copy(value: Any, name: str) -> Any:

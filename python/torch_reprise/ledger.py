@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _C
+from ._errors import require_bool
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -204,7 +205,15 @@ def record(limit: int | None = None, *, events: bool = True) -> Iterator[Recordi
 
     ``limit``: only for the first so many segments. ``events=False``: rows only, which costs less
     time and memory; the pictures then have no time axis.
+
+    Raises:
+        TypeError, ValueError: ``limit`` is no number of segments, or ``events`` no bool.
     """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+        raise TypeError(f"limit must be an int or None, got {type(limit).__name__}: {limit!r:.100}")
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must not be negative, got {limit}")
+    require_bool("events", events)
     recording = Recording(limit, events)
     try:
         yield recording

@@ -105,6 +105,10 @@ class RngSnapshot:
                     f"there is no default generator {name!r} in this process; there are "
                     f"{', '.join(known)} (a device counts once it is initialised)"
                 )
+            if not isinstance(states[name], torch.Tensor):
+                raise TypeError(
+                    f"states[{name!r}] must be a byte tensor, got {type(states[name]).__name__}"
+                )
         generators = [known[name] for name in states]
         return cls(_C.RngSnapshot.from_tensors(generators, list(states.values())))
 
