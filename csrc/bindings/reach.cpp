@@ -111,11 +111,13 @@ class NamesInCode {
   static constexpr int kMostWrappers = 8;
 
   void add(PyObject* function) { add_code(PyFunction_GET_CODE(function), 0); }
+  // Each name once; within one code they are different.
   void add_code(PyObject* object, int depth) {
     const auto* code = reinterpret_cast<PyCodeObject*>(object);
+    const bool is_first = names_.empty();
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); ++i) {
       PyObject* name = PyTuple_GET_ITEM(code->co_names, i);
-      if (names_.empty() || depth == 0 || !has(name)) {
+      if (is_first || !has(name)) {
         names_.push_back(name);
       }
     }

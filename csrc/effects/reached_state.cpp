@@ -196,6 +196,9 @@ namespace {
 // See Note [Exchanging]. Does not throw where both are on the CPU and of one size.
 void exchange(c10::StorageImpl& storage, const c10::Storage& other) {
   if (storage.device_type() == c10::kCPU && storage.nbytes() == other.nbytes()) {
+    if (same_bytes(other, storage)) {
+      return;  // perhaps nobody can write to it
+    }
     auto* bytes = static_cast<std::byte*>(storage.mutable_data());
     auto* others = static_cast<std::byte*>(other.mutable_data());
     std::swap_ranges(bytes, bytes + storage.nbytes(), others);
