@@ -238,6 +238,15 @@ def test_installed_functions_say_they_are_at_home_there_and_pickle_by_name() -> 
     assert issubclass(torch_reprise.GraphExecGroup, torch_checkpoint.GraphExecGroup)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_partial_made_before_is_torchs_front_to_our_segments(use_reentrant: bool) -> None:
+    partial = functools.partial(torch_checkpoint.checkpoint, use_reentrant=use_reentrant)
+    assert replays_of(lambda x: partial(noisy, x)) == 0
+    with torch_reprise.installed():
+        assert replays_of(lambda x: partial(noisy, x)) == 1
+    assert replays_of(lambda x: partial(noisy, x)) == 0
+
+
 def test_a_partial_made_while_installed_stays_ours() -> None:
     with torch_reprise.installed():
         partial = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False)

@@ -2,7 +2,7 @@
 
 ``torch.distributed._composable.checkpoint``, torch_remat and others call
 ``torch.utils.checkpoint._checkpoint_without_reentrant_generator`` with positional
-arguments, or since torch 2.15 ``_checkpoint_without_reentrant_generator_impl`` with those of
+arguments, or since torch 2.14 ``_checkpoint_without_reentrant_generator_impl`` with those of
 the function apart, advance it once before the forward and once after. ``install`` puts these
 functions in their place.
 """
@@ -35,7 +35,7 @@ def checkpoint_without_reentrant_generator(
     respect_saved_tensors_hooks: bool | None = None,
     **kwargs: Any,
 ) -> Generator[None, None, None]:
-    """The arguments of ``fn`` behind the options: the only way until torch 2.14."""
+    """The arguments of ``fn`` behind the options: the only way until torch 2.13."""
     return checkpoint_without_reentrant_generator_impl(
         fn,
         args,

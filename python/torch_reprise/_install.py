@@ -50,7 +50,7 @@ _REPLACED: dict[str, Any] = {
     "set_checkpoint_early_stop": own.set_checkpoint_early_stop,
     "_checkpoint_without_reentrant_generator": checkpoint_without_reentrant_generator,
 }
-if hasattr(torch_checkpoint, "_checkpoint_without_reentrant_generator_impl"):  # since 2.15
+if hasattr(torch_checkpoint, "_checkpoint_without_reentrant_generator_impl"):  # since 2.14
     _REPLACED["_checkpoint_without_reentrant_generator_impl"] = (
         checkpoint_without_reentrant_generator_impl
     )
@@ -110,7 +110,8 @@ def install() -> None:
 
     Call it before checkpointing is switched on in a model: what holds torch's function
     otherwise (a ``functools.partial`` made before, a default argument, an attribute of an
-    object) keeps it. Segments that exist already end as they began. Inside of functions
+    object) keeps it, as a front that costs some microseconds more; the segments behind it
+    are ours. Segments that exist already end as they began. Inside of functions
     that ``torch.compile`` or ``torch.export`` traces, the compiler's own checkpointing is
     used, as without this call.
 
