@@ -20,8 +20,11 @@ from ._contexts import ContextFn
 from ._errors import CheckpointError, require_callable
 from .checkpoint import _contexts_of, _flags, _validate, noop_context_fn
 
-# Taken before install() puts ours there.
+# Taken before install() puts ours there. The first calls the second, where there is one.
 _original: Any = torch_checkpoint._checkpoint_without_reentrant_generator
+_original_impl: Any = getattr(
+    torch_checkpoint, "_checkpoint_without_reentrant_generator_impl", None
+)
 
 
 def checkpoint_without_reentrant_generator(
@@ -66,16 +69,23 @@ def checkpoint_without_reentrant_generator_impl(
     Replays call ``fn``. An error of the forward is to be thrown in.
     """
     if _C.is_traced() or torch.compiler.is_dynamo_compiling():
-        yield from _original(
-            fn,
-            preserve_rng_state,
-            context_fn,
-            determinism_check,
-            debug,
-            early_stop,
-            *args,
-            **kwargs,
-        )
+        options = {
+            "preserve_rng_state": preserve_rng_state,
+            "context_fn": context_fn,
+            "determinism_check": determinism_check,
+            "debug": debug,
+            "early_stop": early_stop,
+        }
+        if _original_impl is not None:
+            yield from _original_impl(
+                fn,
+                args,
+                kwargs,
+                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+                **options,
+            )
+        else:
+            yield from _original(fn, *options.values(), *args, **kwargs)
         return
     require_callable("function", fn)
     _validate(
