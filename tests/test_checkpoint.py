@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import inspect
@@ -193,6 +194,16 @@ def test_settings_are_decorators_too(threads: int) -> None:
         pass
     checkpoint(fn, leaf(3), use_reentrant=False).sum().backward()
     assert calls == [False]
+
+
+def test_settings_leave_nothing_in_the_context() -> None:
+    def variables_after(blocks: int) -> int:
+        for _ in range(blocks):
+            with torch_reprise.set_checkpoint_early_stop(False):
+                pass
+        return len(contextvars.copy_context())
+
+    assert variables_after(1) == variables_after(20)
 
 
 def test_the_decorator_works_on_methods() -> None:

@@ -45,15 +45,19 @@ class ContextSetting(ContextDecorator):
     def __init__(self, variable: ContextVar[bool | None], value: bool | None) -> None:
         self._variable = variable
         self._value = value
-        # Of the blocks that are open in this context.
-        self._tokens: ContextVar[tuple[Token[bool | None], ...]] = ContextVar(
-            "torch_reprise.tokens", default=()
-        )
 
     def __enter__(self) -> None:
-        self._tokens.set((*self._tokens.get(), self._variable.set(self._value)))
+        _open_blocks.set((*_open_blocks.get(), (self, self._variable.set(self._value))))
 
     def __exit__(self, *exc: object) -> None:
-        *outer, last = self._tokens.get()
-        self._tokens.set(tuple(outer))
-        self._variable.reset(last)
+        blocks = _open_blocks.get()
+        last = max(i for i, (setting, _) in enumerate(blocks) if setting is self)
+        _open_blocks.set((*blocks[:last], *blocks[last + 1 :]))
+        self._variable.reset(blocks[last][1])
+
+
+# The blocks of all settings that are open in this context, outermost first. One variable for all:
+# a context keeps every variable that was ever set in it.
+_open_blocks: ContextVar[tuple[tuple[ContextSetting, Token[bool | None]], ...]] = ContextVar(
+    "torch_reprise.open_blocks", default=()
+)
