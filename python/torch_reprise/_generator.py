@@ -27,6 +27,17 @@ _original_impl: Any = getattr(
 )
 
 
+# In the order of the first one's positions.
+_DEFAULTS: dict[str, Any] = {
+    "preserve_rng_state": True,
+    "context_fn": noop_context_fn,
+    "determinism_check": "default",
+    "debug": False,
+    "early_stop": True,
+    "respect_saved_tensors_hooks": None,
+}
+
+
 def checkpoint_without_reentrant_generator(
     fn: Any,
     preserve_rng_state: bool = True,
@@ -39,69 +50,34 @@ def checkpoint_without_reentrant_generator(
     **kwargs: Any,
 ) -> Generator[None, None, None]:
     """The arguments of ``fn`` behind the options: the only way until torch 2.13."""
-    return checkpoint_without_reentrant_generator_impl(
-        fn,
-        args,
-        kwargs,
-        preserve_rng_state=preserve_rng_state,
-        context_fn=context_fn,
-        determinism_check=determinism_check,
-        debug=debug,
-        early_stop=early_stop,
-        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
-    )
+    given = (preserve_rng_state, context_fn, determinism_check, debug, early_stop)
+    options = dict(zip(_DEFAULTS, (*given, respect_saved_tensors_hooks), strict=True))
+    return checkpoint_without_reentrant_generator_impl(fn, args, kwargs, **options)
 
 
 def checkpoint_without_reentrant_generator_impl(
-    fn: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    preserve_rng_state: bool = True,
-    context_fn: ContextFn = noop_context_fn,
-    determinism_check: str = "default",
-    debug: bool = False,
-    early_stop: bool = True,
-    respect_saved_tensors_hooks: bool | None = None,
+    fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **given: Any
 ) -> Generator[None, None, None]:
     """Yields once: what the caller runs until it goes on is the forward of ``fn(*args, **kwargs)``.
 
-    Replays call ``fn``. An error of the forward is to be thrown in.
+    Replays call ``fn``. An error of the forward is to be thrown in. ``given``: options by name.
     """
+    options = {**_DEFAULTS, **given}
     if _C.is_traced() or torch.compiler.is_dynamo_compiling():
-        options = {
-            "preserve_rng_state": preserve_rng_state,
-            "context_fn": context_fn,
-            "determinism_check": determinism_check,
-            "debug": debug,
-            "early_stop": early_stop,
-        }
         if _original_impl is not None:
-            yield from _original_impl(
-                fn,
-                args,
-                kwargs,
-                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
-                **options,
-            )
+            yield from _original_impl(fn, args, kwargs, **options)
         else:
-            yield from _original(fn, *options.values(), *args, **kwargs)
+            *positional, _ = options.values()
+            yield from _original(fn, *positional, *args, **kwargs)
         return
     require_callable("function", fn)
-    _validate(
-        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
-        preserve_rng_state=preserve_rng_state,
-        early_stop=early_stop,
-        debug=debug,
-        determinism_check=determinism_check,
-        context_fn=context_fn,
-        use_reentrant=False,
-    )
+    _validate(use_reentrant=False, **options)
+    preserve, context_fn = options["preserve_rng_state"], options["context_fn"]
     contexts, session = _contexts_of(
-        context_fn, respect_saved_tensors_hooks, preserve_rng_state, debug
+        context_fn, options["respect_saved_tensors_hooks"], preserve, options["debug"]
     )
     forward, replay = contexts() if contexts is not None else (None, None)
-    flags = _flags(early_stop, preserve_rng_state, determinism_check, context_fn)
+    flags = _flags(options["early_stop"], preserve, options["determinism_check"], context_fn)
     segment = _C.open_segment(fn, args, kwargs, flags, replay, session)
     if segment is None:
         yield

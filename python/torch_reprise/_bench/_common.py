@@ -133,6 +133,12 @@ class Summary:
     def of(cls, values: Sequence[float]) -> Summary:
         return cls(min(values), statistics.median(values))
 
+    @classmethod
+    def of_difference(cls, longer: Sequence[float], shorter: Sequence[float]) -> Summary:
+        """Of the minima, and the median of the differences of the rounds."""
+        rounds = [a - b for a, b in zip(longer, shorter, strict=True)]
+        return cls(min(longer) - min(shorter), statistics.median(rounds))
+
 
 @dataclass(frozen=True)
 class Overheads:

@@ -249,7 +249,7 @@ def _rows(case: Case, tell: _child.Tell, rounds: int, target_s: float) -> list[l
         labels = [f"{operation}, {name}" for name in NAMES]
         scale = 1e6 / SEGMENTS if operation == "cycle" else 1e6
         summaries = [
-            _difference(times[label], times[case.subtracted(operation, name)])
+            Summary.of_difference(times[label], times[case.subtracted(operation, name)])
             for label, name in zip(labels, NAMES, strict=True)
         ]
         for statistic in STATISTICS:
@@ -258,9 +258,3 @@ def _rows(case: Case, tell: _child.Tell, rounds: int, target_s: float) -> list[l
             head = [case.draws, case.arguments, operation, statistic, rounds]
             rows.append([*head, *(inner[label] for label in labels), *figures, ratio, *kept])
     return rows
-
-
-def _difference(longer: Sequence[float], shorter: Sequence[float]) -> Summary:
-    """Of the minima, and the median of the differences of the rounds."""
-    rounds = [a - b for a, b in zip(longer, shorter, strict=True)]
-    return Summary(min(longer) - min(shorter), Summary.of(rounds).median)

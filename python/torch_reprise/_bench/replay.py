@@ -110,17 +110,10 @@ def shares(
                 inner=calibrate(thunks[first], options.target_s),
                 after_round=partial(bar.step, program),
             )
-            base = times[first]
+            of_one = {name: [t / SEGMENTS for t in series] for name, series in times.items()}
             found[program] = {
-                name: (
-                    Summary(min(series) / SEGMENTS, statistics.median(series) / SEGMENTS),
-                    Summary(
-                        (min(series) - min(base)) / SEGMENTS,
-                        statistics.median(a - b for a, b in zip(series, base, strict=True))
-                        / SEGMENTS,
-                    ),
-                )
-                for name, series in times.items()
+                name: (Summary.of(series), Summary.of_difference(series, of_one[first]))
+                for name, series in of_one.items()
             }
     return found
 

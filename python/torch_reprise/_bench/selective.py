@@ -17,7 +17,6 @@ variant has to give the gradients of the plain step, bit for bit.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -86,15 +85,12 @@ def run(screen: Screen, options: Options) -> Report:
             with torch.random.fork_rng(devices=[]):
                 inner = calibrate(thunks[PLAIN], options.target_s)
                 times = interleave(thunks, rounds=options.rounds, inner=inner, after_round=after)
-            added: dict[str, Summary] = {}
-            for name in ("torch", "ours"):
-                series, plain = times[name], times[PLAIN]
-                added[name] = Summary(
-                    (min(series) - min(plain)) * 1e6,
-                    statistics.median(a - b for a, b in zip(series, plain, strict=True)) * 1e6,
-                )
-            for name, series in times.items():
-                step = Summary.of([t * 1e6 for t in series])
+            in_us = {name: [t * 1e6 for t in series] for name, series in times.items()}
+            added = {
+                name: Summary.of_difference(in_us[name], in_us[PLAIN]) for name in ("torch", "ours")
+            }
+            for name, series in in_us.items():
+                step = Summary.of(series)
                 for statistic in STATISTICS:
                     extra: list[object] = ["", ""]
                     if name in added:
