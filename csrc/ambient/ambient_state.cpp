@@ -226,9 +226,11 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
       state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
   const bool needs_cpu = !state.has_default_device_ && default_device_is_set();
   const auto cpu = needs_cpu ? host().cpu_device_mode() : nullptr;
-  if (Lease::held_by_others(Lease::Kind::kSettings) || *state.flags_ != *TorchFlags::current()) {
+  outer_flags_ = TorchFlags::current();
+  if (Lease::held_by_others(Lease::Kind::kSettings) || *state.flags_ != *outer_flags_) {
     settings_.emplace(Lease::Kind::kSettings, Lease::Keys{&kSettings},
                       [](size_t) { return std::string("the settings of torch"); });
+    outer_flags_ = TorchFlags::current();
   }
   if (inside_fn) {
     set_aside<PythonTorchFunctionTLS>(0, state.function_modes_, own_function_modes_);
@@ -237,7 +239,6 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
   // fn may be the first to use an accelerator.
   outer_device_ = current_accelerator_device();
   set_device(state.device_);
-  outer_flags_ = TorchFlags::current();
   outer_autocast_ = state.autocast_.counterpart();
   if (state.flags_ != outer_flags_) {
     state.flags_->apply(*outer_flags_);

@@ -170,13 +170,10 @@ void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
 
 void PythonProgram::settle() {
   argument_objects_.settle();
-  std::erase_if(buffers_, [](const Reach::Buffer& buffer) {
-    return !buffer.is_stand_in &&
-           PyDict_GetItem(buffer.dict.get(), buffer.name.get()) == buffer.value.get();
-  });
+  std::erase_if(buffers_,
+                [](const Reach::Buffer& buffer) { return !buffer.is_stand_in && buffer.holds(); });
   // A name that the function itself gives another value is the program's own business.
-  std::erase_if(bindings_,
-                [](const Binding& binding) { return binding.now() != binding.value.get(); });
+  std::erase_if(bindings_, [](const Binding& binding) { return !binding.holds(); });
 }
 
 namespace {
@@ -185,14 +182,21 @@ namespace {
 class TrainingScope {
  public:
   explicit TrainingScope(const std::vector<Reach::Module>& modules) {
-    visit_others(modules, [this](PyObject* dict, PyObject* now, bool training) {
-      flipped_.push_back({Ref::borrow(dict), Ref::borrow(now)});
-      PyDict_SetItem(dict, name(), training ? Py_True : Py_False);
+    visit_modes(modules, [this](PyObject* dict, PyObject* now, bool training) {
+      if ((now != Py_False) != training) {
+        flipped_.push_back({Ref::borrow(dict), Ref::borrow(now)});
+        PyDict_SetItem(dict, name(), training ? Py_True : Py_False);
+      }
     });
   }
-  // Appends what a scope changes: the address of each dict.
-  static void add_to(Lease::Keys& keys, const std::vector<Reach::Module>& modules) {
-    visit_others(modules, [&keys](PyObject* dict, PyObject*, bool) { keys.push_back(dict); });
+  // Appends what a scope changes: the address of each dict. `all`: another replay may have
+  // changed a mode for a while, so that what is there now does not tell.
+  static void add_to(Lease::Keys& keys, const std::vector<Reach::Module>& modules, bool all) {
+    visit_modes(modules, [&](PyObject* dict, PyObject* now, bool training) {
+      if (all || (now != Py_False) != training) {
+        keys.push_back(dict);
+      }
+    });
   }
   ~TrainingScope() {
     if (flipped_.empty()) {
@@ -211,55 +215,18 @@ class TrainingScope {
     static PyObject* const name = PyUnicode_InternFromString("training");
     return name;
   }
-  // The dicts of those that are not as they were, with what is there and what was.
+  // The dicts, with what is there and what was.
   template <typename Visit>
-  static void visit_others(const std::vector<Reach::Module>& modules, const Visit& visit) {
+  static void visit_modes(const std::vector<Reach::Module>& modules, const Visit& visit) {
     for (const auto& [module, training] : modules) {
       PyObject** dict = _PyObject_GetDictPtr(module.get());
       PyObject* now = dict != nullptr && *dict != nullptr ? PyDict_GetItem(*dict, name()) : nullptr;
-      if (now != nullptr && (now != Py_False) != training) {
+      if (now != nullptr) {
         visit(*dict, now, training);
       }
     }
   }
   std::vector<std::pair<Ref, Ref>> flipped_;  // dict, and what it held
-};
-
-// Where fn gives a module another tensor for a buffer (self.mean = self.mean * 0.9 + ...),
-// the module has the one that the forward began with, for a scope.
-class BuffersScope {
- public:
-  explicit BuffersScope(const std::vector<Reach::Buffer>& buffers) {
-    for (const auto& [dict, name, begin, is_stand_in] : buffers) {
-      PyObject* now = PyDict_GetItem(dict.get(), name.get());
-      outer_.push_back(
-          {Ref::borrow(dict.get()), Ref::borrow(name.get()), Ref::borrow(now), is_stand_in});
-      if (now != begin.get()) {
-        PyDict_SetItem(dict.get(), name.get(), begin.get());
-      }
-    }
-  }
-  ~BuffersScope() {
-    if (outer_.empty()) {
-      return;
-    }
-    const ErrorSetAside outer_error;
-    for (const auto& [dict, name, value, is_stand_in] : outer_) {
-      if (value.get() == PyDict_GetItem(dict.get(), name.get())) {
-        continue;
-      }
-      if (value) {
-        PyDict_SetItem(dict.get(), name.get(), value.get());
-      } else if (PyDict_DelItem(dict.get(), name.get()) != 0) {
-        PyErr_Clear();  // it is gone already
-      }
-    }
-  }
-  BuffersScope(const BuffersScope&) = delete;
-  BuffersScope& operator=(const BuffersScope&) = delete;
-
- private:
-  std::vector<Reach::Buffer> outer_;
 };
 
 // Note [Late binding]
@@ -270,31 +237,37 @@ class BuffersScope {
 // When backward runs, the name stands for the last layer, whichever segment asks. So names
 // that somebody else has given another value since the forward have the forward's again, for
 // a scope.
+//
+// Buffers that fn itself gives another tensor (self.mean = self.mean * 0.9 + ...) have the one
+// that the forward began with, and are put back even if nobody changed them since.
 class BindingsScope {
  public:
-  explicit BindingsScope(const std::vector<Binding>& bindings) {
-    for (const auto& binding : bindings) {
-      PyObject* now = binding.now();
-      if (now != binding.value.get()) {
-        changed_.push_back({&binding, Ref::borrow(now)});
-        binding.set(binding.value.get());
+  BindingsScope(const std::vector<Reach::Buffer>& buffers, const std::vector<Binding>& names) {
+    for (const auto& buffer : buffers) {
+      outer_.push_back(buffer.as_it_is());
+      buffer.restore();
+    }
+    for (const auto& binding : names) {
+      if (!binding.holds()) {
+        outer_.push_back(binding.as_it_is());
+        binding.restore();
       }
     }
   }
   ~BindingsScope() {
-    if (changed_.empty()) {
+    if (outer_.empty()) {
       return;
     }
     const ErrorSetAside outer_error;
-    for (const auto& [binding, now] : changed_) {
-      binding->set(now.get());
+    for (const auto& binding : outer_) {
+      binding.restore();
     }
   }
   BindingsScope(const BindingsScope&) = delete;
   BindingsScope& operator=(const BindingsScope&) = delete;
 
  private:
-  std::vector<std::pair<const Binding*, Ref>> changed_;
+  std::vector<Binding> outer_;  // what they stood for before
 };
 
 // The variables of contextvars as in the forward, for a scope; changes end with it.
@@ -327,22 +300,12 @@ class ContextVariablesScope {
 std::optional<Lease> PythonProgram::take_objects() const {
   Lease::Keys keys;
   const bool others_hold = Lease::held_by_others(Lease::Kind::kObject);
-  if (others_hold) {
-    // Another replay may have flipped a module of ours for a while.
-    for (const auto& [module, training] : modules_) {
-      PyObject** dict = _PyObject_GetDictPtr(module.get());
-      if (dict != nullptr && *dict != nullptr) {
-        keys.push_back(*dict);
-      }
-    }
-  } else {
-    TrainingScope::add_to(keys, modules_);
-  }
+  TrainingScope::add_to(keys, modules_, others_hold);
   for (const auto& buffer : buffers_) {
-    keys.push_back(buffer.dict.get());
+    keys.push_back(buffer.scope.get());
   }
   for (const auto& binding : bindings_) {
-    if (others_hold || binding.now() != binding.value.get()) {
+    if (others_hold || !binding.holds()) {
       keys.push_back(binding.scope.get());
     }
   }
@@ -362,8 +325,7 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   inputs.clear();
   const std::optional<Lease> lease = take_objects();
   const TrainingScope training(modules_);
-  const BuffersScope buffers(buffers_);
-  const BindingsScope names(bindings_);
+  const BindingsScope bindings(buffers_, bindings_);
   const ArgumentObjectsScope objects(argument_objects_);
   const ContextVariablesScope variables(context_variables_.get());
   const DynamoPaused paused;

@@ -450,7 +450,7 @@ class Search {
       }
       for (const auto& [dict, name, value, is_stand_in] : memo.buffers()) {
         reach_.buffers.push_back(
-            {Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value), is_stand_in});
+            {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value)}, is_stand_in});
       }
       for (PyObject* found : memo.generators()) {
         generator(found);
@@ -524,7 +524,7 @@ class Search {
           !are_buffers && Py_TYPE(entry) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
       if (are_buffers || is_stand_in) {
         reach_.buffers.push_back(
-            {Ref::borrow(dict), Ref::borrow(name), Ref::borrow(entry), is_stand_in});
+            {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(entry)}, is_stand_in});
         if (memo_ != nullptr) {
           memo_->add_buffer(dict, name, entry, is_stand_in);
         }
@@ -596,12 +596,15 @@ const at::Generator* as_generator(PyObject* object) noexcept {
                                              : nullptr;
 }
 
-void Binding::set(PyObject* to) const {
+void Binding::restore() const {
+  if (holds()) {
+    return;
+  }
   if (!name) {
-    PyCell_Set(scope.get(), to);
-  } else if (to != nullptr) {
-    PyDict_SetItem(scope.get(), name.get(), to);
-  } else if (now() != nullptr) {
+    PyCell_Set(scope.get(), value.get());
+  } else if (value) {
+    PyDict_SetItem(scope.get(), name.get(), value.get());
+  } else {
     PyDict_DelItem(scope.get(), name.get());
   }
 }

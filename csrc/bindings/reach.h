@@ -25,16 +25,32 @@
 
 namespace reprise::bindings {
 
+// What a name stood for: one that a function closes over, a global, an entry of a module's dict.
+struct Binding {
+  Ref scope;  // the cell or the dict
+  Ref name;   // null for a cell
+  Ref value;
+
+  // Borrowed; null: unbound.
+  PyObject* now() const {
+    return name ? PyDict_GetItem(scope.get(), name.get()) : PyCell_GET(scope.get());
+  }
+  // The same with what it stands for now.
+  Binding as_it_is() const {
+    return {Ref::borrow(scope.get()), Ref::borrow(name.get()), Ref::borrow(now())};
+  }
+  bool holds() const { return now() == value.get(); }
+  // Makes it hold; a null value unbinds. An error is left set.
+  void restore() const;
+};
+
 struct Reach {
   struct Module {
     Ref module;
     bool training;
   };
-  // Of a module's dict of buffers, or of parameters.
-  struct Buffer {
-    Ref dict;
-    Ref name;
-    Ref value;         // a tensor or None
+  // Of a module's dict of buffers, or of parameters: a tensor or None.
+  struct Buffer : Binding {
     bool is_stand_in;  // a plain tensor among parameters: torch.func.functional_call
   };
   std::vector<at::Generator> generators;
@@ -45,19 +61,6 @@ struct Reach {
 
 // The generator in a torch.Generator, or null for any other object. Borrowed.
 const at::Generator* as_generator(PyObject* object) noexcept;
-
-// What a name in a function's code stood for: a variable that it closes over, or a global.
-struct Binding {
-  Ref scope;  // the cell, or the dict of globals
-  Ref name;   // null for a cell
-  Ref value;
-
-  PyObject* now() const {
-    return name ? PyDict_GetItem(scope.get(), name.get()) : PyCell_GET(scope.get());
-  }
-  // Null: unbound. An error is left set.
-  void set(PyObject* to) const;
-};
 
 // Of the function that `callable` is, or is a method or partial of; modules and classes left
 // out. With the interpreter lock.

@@ -114,7 +114,7 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
   values_.resize(slots_at_start_);
   // Autograd has no versions to compare there, and what is held here is no copy.
   const bool hooked = segment.options_.check_versions && !segment.checks_versions_;
-  versions_.assign(hooked ? slots_at_start_ : 0, 0);
+  versions_.assign(hooked ? slots_at_start_ : 0, std::nullopt);
   is_held_.resize(holder_ ? slots_at_start_ : 0);
   wanted_.assign(slots_at_start_, false);
   last_wanted_ = -1;
@@ -218,7 +218,7 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         if (segment.slots_[index].live > 0 || key_.none()) {
           values_[index] = values;
           if (!versions_.empty() && tensor.requires_grad()) {
-            versions_[index] = 1 + uint64_t{version_of(values)};
+            versions_[index] = version_of(values);
           }
           if (holder_) {
             is_held_[index] = holder_->hold(tensor);
@@ -372,8 +372,8 @@ void Replay::check(Segment& segment) {
     }
   }
   for (size_t i = 0; i < versions_.size(); ++i) {
-    if (versions_[i] != 0 && values_[i].defined() &&
-        versions_[i] != 1 + uint64_t{version_of(values_[i])}) {
+    if (versions_[i].has_value() && values_[i].defined() &&
+        *versions_[i] != version_of(values_[i])) {
       const Slot slot = segment.slots_[i];
       lock.unlock();
       fail(segment, segment.name() + " changes a tensor in place that backward needs, saved at " +

@@ -176,9 +176,9 @@ class Replay final : public c10::intrusive_ptr_target {
   bool operator_may_fill_ = false;  // it may write to a tensor that it saved
   size_t slots_at_start_ = 0;
   bool forward_was_done_ = false;
-  // Of the values, where hooks of the user's keep what autograd saves in the forward; 0
-  // where nothing is to be compared, else the version + 1.
-  std::vector<uint64_t> versions_;
+  // Of the values that are compared again when the run is over, by slot; empty unless hooks of
+  // the user's keep what autograd saves in the forward.
+  std::vector<std::optional<uint32_t>> versions_;
   std::vector<Mismatch> mismatches_;
   ValueNotes value_notes_;
   std::string failure_;  // an error that was raised inside fn

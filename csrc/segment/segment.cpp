@@ -40,14 +40,17 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     segment->begin_row();
   }
   segment->inputs_.reserve(inputs.size());
+  // Under hooks, an enclosing segment's or the user's, the inputs are kept by those.
+  const bool hooked = compat::top_pack_hook() != nullptr;
   for (const auto& input : inputs) {
-    const auto first = std::find_if(inputs.begin(), inputs.end(),
-                                    [&input](const auto& other) { return other.is_same(input); });
     Input& entry = segment->inputs_.emplace_back();
-    if (&*first != &input) {
+    if (hooked) {
       // Given twice: the replay gets one object twice as well. It is saved twice all the same,
-      // for in the replay of an enclosing segment these may be two tensors.
-      entry.same_as = first - inputs.begin();
+      // for in the replay of an enclosing segment these may be two tensors. (Without hooks
+      // autograd gives back the object that it was given.)
+      const auto first = std::find_if(inputs.begin(), inputs.end(),
+                                      [&input](const auto& other) { return other.is_same(input); });
+      entry.same_as = &*first == &input ? -1 : first - inputs.begin();
     }
     if (input.is_inference()) {
       // SavedVariable refuses inference tensors. They have no version to check.
@@ -63,8 +66,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     }
     segment->note_device(input.device());
   }
-  // Under hooks, an enclosing segment's or the user's, the inputs are kept by those.
-  if (segment->holder_ && compat::top_pack_hook() == nullptr) {
+  if (segment->holder_ && !hooked) {
     for (const auto& input : inputs) {
       if (segment->holder_->hold(input)) {
         segment->held_inputs_.push_back(input.storage().unsafeGetStorageImpl());
