@@ -68,9 +68,11 @@ bool Lease::try_take(uint64_t token, const Keys& keys) {
       return false;
     }
   }
+  // A key that is named twice is held twice, and given back as often.
+  const size_t before = s.held.size();
   for (const void* key : keys) {
-    if (std::none_of(s.held.begin(), s.held.end(),
-                     [key](const auto& held) { return held.key == key; })) {
+    const auto end = s.held.begin() + before;
+    if (std::none_of(s.held.begin(), end, [key](const auto& held) { return held.key == key; })) {
       s.held.push_back({key, token, kind_});
       taken_.push_back(key);
     }
@@ -136,12 +138,16 @@ Lease::~Lease() {
   {
     std::lock_guard<std::mutex> lock(s.mutex);
     anybody_waits = !s.waiting.empty();
-    s.held.erase(std::remove_if(s.held.begin(), s.held.end(),
-                                [this](const auto& held) {
-                                  return std::find(taken_.begin(), taken_.end(), held.key) !=
-                                         taken_.end();
-                                }),
-                 s.held.end());
+    if (s.held.size() == taken_.size()) {  // nobody else holds any, as nearly always
+      s.held.clear();
+    } else {
+      s.held.erase(std::remove_if(s.held.begin(), s.held.end(),
+                                  [this](const auto& held) {
+                                    return std::find(taken_.begin(), taken_.end(), held.key) !=
+                                           taken_.end();
+                                  }),
+                   s.held.end());
+    }
     g_held.store(s.held.size());
   }
   if (anybody_waits) {

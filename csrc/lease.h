@@ -45,7 +45,7 @@ class Lease {
  public:
   enum class Kind : uint8_t { kGenerator, kHostGenerators, kSettings, kBuffer, kObject };
   // Addresses of what is taken; only compared.
-  using Keys = c10::SmallVector<const void*, 2>;
+  using Keys = c10::SmallVector<const void*, 8>;
 
   // Waits until no other chain holds any of `keys`. What this chain holds already is
   // not waited for. Throws CheckpointError after wait_limit(); `name` says what the

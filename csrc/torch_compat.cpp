@@ -237,7 +237,8 @@ namespace {
 
 PhiloxFields fields_of(at::CUDAGeneratorImpl& generator) {
   auto& state = *(generator.*member_of(StateOfGenerator()));
-  return {state.seed_, state.philox_offset_per_thread_, generator.*member_of(RnnFlagOfGenerator())};
+  return {state.seed_, state.philox_offset_per_thread_, generator.*member_of(RnnFlagOfGenerator()),
+          !state.capture_states_.empty(), state};
 }
 
 // Which class an object is of, as one word. The class's own type_info is not asked for
@@ -281,6 +282,21 @@ std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcep
     return std::nullopt;
   }
   return fields_of(static_cast<at::CUDAGeneratorImpl&>(generator));
+}
+
+c10::intrusive_ptr<c10::intrusive_ptr_target> philox_owner(c10::GeneratorImpl& generator) {
+  return static_cast<at::CUDAGeneratorImpl&>(generator).*member_of(StateOfGenerator());
+}
+
+bool at_philox(c10::GeneratorImpl& generator, const c10::intrusive_ptr_target& owner, uint64_t seed,
+               uint64_t offset) noexcept {
+  const auto& now = static_cast<at::CUDAGeneratorImpl&>(generator).*member_of(StateOfGenerator());
+  static_assert(sizeof(now) == sizeof(void*));
+  const auto read = [](const auto& field) { return __atomic_load_n(&field, __ATOMIC_RELAXED); };
+  const auto& state = static_cast<const at::CUDAGeneratorState&>(owner);
+  return read(reinterpret_cast<const at::CUDAGeneratorState* const&>(now)) == &state &&
+         read(state.philox_offset_per_thread_) == offset && read(state.seed_) == seed &&
+         state.capture_states_.empty() && g_philox_fields.load(std::memory_order_relaxed);
 }
 
 void enable_philox_fields(bool enabled) {

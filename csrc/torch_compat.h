@@ -128,8 +128,20 @@ struct PhiloxFields {
   uint64_t& seed;
   uint64_t& offset;
   std::atomic_flag& keeps_rnn_state;  // cleared by whoever sets the others
+  bool drawn_in_capture;              // some capture has a count of its own for it
+  // What the first two lie in; two generators may share one, and a generator may get another.
+  const c10::intrusive_ptr_target& owner;
 };
 std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcept;
+// The owner of the fields, kept alive: what at_philox() needs. The caller holds the mutex.
+c10::intrusive_ptr<c10::intrusive_ptr_target> philox_owner(c10::GeneratorImpl& generator);
+// Does a generator that had `owner` stand at (seed, offset), with nothing drawn in any
+// capture? Without its mutex, for two reads: `owner` is alive, so that its fields can be
+// read whenever it is still the generator's. Who draws meanwhile has done so before or after;
+// who sets a seed meanwhile, in another thread, may be seen with the old offset. False where it
+// has another owner by now.
+bool at_philox(c10::GeneratorImpl& generator, const c10::intrusive_ptr_target& owner, uint64_t seed,
+               uint64_t offset) noexcept;
 void enable_philox_fields(bool enabled);  // off: the virtuals are used (tests)
 
 // ---------------------------------------------------------------------------

@@ -110,7 +110,7 @@ void bind_snapshot(py::module_& module) {
                   [](const std::vector<at::Generator>& generators) {
                     return RngSnapshot::capture(generators);
                   })
-      .def_static("capture_defaults", [] { return RngSnapshot::capture_defaults(); })
+      .def_static("capture_defaults", [] { return RngSnapshot::capture(default_generators()); })
       .def_static(
           "from_tensors",
           [](const std::vector<at::Generator>& generators, const std::vector<at::Tensor>& tensors) {

@@ -237,9 +237,17 @@ PhiloxPosition position_of(HeldGenerator& generator) {
   return position_while_refused(impl);
 }
 
+// Does a generator that was at `then` stand there `now`? Of which its capture was asked.
+bool is_same(const PhiloxPosition& then, const PhiloxPosition& now) {
+  if (then.capture != kNotAsked) {
+    return then == now;
+  }
+  return then.seed == now.seed && now.offset == (now.capture == kNoCapture ? then.offset : 0);
+}
+
 // ", offset 12", as the end of a description.
 std::string describe_offset(uint64_t offset, CaptureId capture) {
-  if (capture == kNoCapture) {
+  if (capture == kNoCapture || capture == kNotAsked) {
     return c10::str(", offset ", offset);
   }
   if (capture == kForeignCapture) {
@@ -253,14 +261,16 @@ bool set_position(HeldGenerator& generator, const PhiloxPosition& position) {
   auto& impl = generator.impl();
   if (generator.is_captured()) {
     const OnDevice there(impl.device());
-    if (position.capture == kNoCapture || position.capture != capture_of(impl.device())) {
+    const bool is_any = position.capture == kNotAsked;
+    if (position.capture == kNoCapture ||
+        (!is_any && position.capture != capture_of(impl.device()))) {
       return false;
     }
-    const at::Tensor state = philox_tensor(position.seed, position.offset);
+    const at::Tensor state = philox_tensor(position.seed, is_any ? 0 : position.offset);
     impl.set_state(*state.unsafeGetTensorImpl());
     return true;
   }
-  if (position.capture != kNoCapture) {
+  if (position.capture != kNoCapture && position.capture != kNotAsked) {
     return false;
   }
   constexpr uint64_t kMultiple = 4;  // torch refuses other offsets, in words of its own
@@ -317,6 +327,16 @@ bool HeldGenerator::is_captured() {
     captured_ = reprise::is_captured(impl_.device());
   }
   return *captured_;
+}
+
+bool share_state(const at::Generator& a, const at::Generator& b) {
+  const auto owner = [](const at::Generator& generator) -> const void* {
+    HeldGenerator held(generator);
+    const auto fields = compat::philox_fields(held.impl());
+    return fields.has_value() ? &fields->owner : nullptr;
+  };
+  const void* of_a = owner(a);
+  return of_a != nullptr && of_a == owner(b);
 }
 
 struct GeneratorState::Mt19937 {
@@ -410,12 +430,11 @@ size_t size_of(const c10::TensorImpl& bytes) {
 
 }  // namespace
 
-bool GeneratorState::is_untouched_since(const at::Generator& generator) const {
+bool GeneratorState::is_untouched_since(HeldGenerator& generator) const {
   if (kind_ != Kind::kMt19937) {
     return false;
   }
-  HeldGenerator held(generator);
-  auto& cpu = cpu_of(held);
+  auto& cpu = cpu_of(generator);
   const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
   return stamp_of(now) == stamp_ && Mt19937::stands_at(cpu, now, *this);
 }
@@ -434,6 +453,59 @@ GeneratorState GeneratorState::capture(HeldGenerator& generator) {
       state.kept_ = generator.impl().get_state();
       break;
   }
+  return state;
+}
+
+namespace {
+
+// The seed and offset of a generator of which nothing was drawn in any capture.
+std::optional<compat::PhiloxFields> fields_at_a_glance(const HeldGenerator& generator) {
+  if (generator.kind() == GeneratorKind::kPhilox) {
+    const auto fields = compat::philox_fields(generator.impl());
+    if (fields.has_value() && !fields->drawn_in_capture) {
+      return fields;
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+GeneratorState GeneratorState::glance(HeldGenerator& generator) {
+  const auto fields = fields_at_a_glance(generator);
+  if (!fields.has_value()) {
+    return capture(generator);
+  }
+  GeneratorState state;
+  state.philox_ = {fields->seed, fields->offset, kNotAsked};
+  state.kept_ = compat::philox_owner(generator.impl());
+  return state;
+}
+
+std::optional<GeneratorState> GeneratorState::other_glance(const at::Generator& generator) const {
+  if (is_still_of(generator)) {
+    return std::nullopt;
+  }
+  HeldGenerator held(generator);
+  if (kind_ == held.kind()) {
+    const bool is_same = kind_ == Kind::kMt19937
+                             ? is_untouched_since(held)
+                             : kind_ == Kind::kPhilox && !is_glance() &&
+                                   !fields_at_a_glance(held).has_value() && is_state_of(held);
+    if (is_same) {
+      return std::nullopt;
+    }
+  }
+  return glance(held);
+}
+
+GeneratorState GeneratorState::settled(const GeneratorMark& mark) const {
+  if (!is_glance()) {
+    return *this;
+  }
+  GeneratorState state;
+  const CaptureId capture = mark.block_;
+  state.philox_ = {philox_.seed, capture == kNoCapture ? philox_.offset : 0, capture};
   return state;
 }
 
@@ -464,7 +536,7 @@ bool GeneratorState::is_state_of(HeldGenerator& generator) const {
       return Mt19937::stands_at(cpu, compat::mt19937_data(cpu), *this);
     }
     case Kind::kPhilox:
-      return position_of(generator) == philox_;
+      return is_same(philox_, position_of(generator));
     case Kind::kOpaque:
       return *this == capture(generator);
   }
@@ -478,7 +550,7 @@ bool GeneratorState::is_state_of(HeldGenerator& generator, const GeneratorMark& 
   if (kind_ != Kind::kPhilox) {
     return is_state_of(generator);
   }
-  return mark.kind_ == kind_ && philox_ == PhiloxPosition{mark.seed_, mark.position_, mark.block_};
+  return mark.kind_ == kind_ && is_same(philox_, {mark.seed_, mark.position_, mark.block_});
 }
 
 bool GeneratorState::operator==(const GeneratorState& other) const {
@@ -550,7 +622,8 @@ size_t GeneratorState::nbytes() const {
     case Kind::kMt19937:
       return sizeof(Mt19937Block);
     case Kind::kPhilox:
-      return kPhiloxBytes + (philox_.capture == kNoCapture ? 0 : sizeof(philox_.capture));
+      return kPhiloxBytes +
+             (philox_.capture == kNoCapture || is_glance() ? 0 : sizeof(philox_.capture));
     case Kind::kOpaque:
       return size_of(bytes_of(kept_));
   }
@@ -623,6 +696,14 @@ GeneratorMark GeneratorMark::of(HeldGenerator& generator) {
       break;
     }
   }
+  return mark;
+}
+
+GeneratorMark GeneratorMark::of(const GeneratorState& glance) {
+  GeneratorMark mark;
+  mark.seed_ = glance.philox_.seed;
+  mark.position_ = glance.philox_.offset;
+  mark.block_ = kNoCapture;
   return mark;
 }
 

@@ -27,6 +27,7 @@
 #include <string>
 
 #include "rng/stream_capture.h"
+#include "torch_compat.h"
 
 namespace reprise {
 
@@ -64,6 +65,9 @@ class HeldGenerator {
   std::lock_guard<std::mutex> lock_;
 };
 
+// Are what two generators draw from one sequence, as graphsafe_set_state() makes it?
+bool share_state(const at::Generator& a, const at::Generator& b);
+
 class GeneratorState {
  public:
   using Kind = GeneratorKind;
@@ -91,7 +95,11 @@ class GeneratorState {
   //
   // is_untouched_since(): is the mark still the one that was there at the capture, and
   // the state this one? Always false for other kinds than mt19937.
-  bool is_untouched_since(const at::Generator& generator) const;
+  bool is_untouched_since(HeldGenerator& generator) const;
+  bool is_untouched_since(const at::Generator& generator) const {
+    HeldGenerator held(generator);
+    return is_untouched_since(held);
+  }
 
   // Where it stands now. Consecutive captures of a CPU generator give states that share their
   // memory as long as it makes no new words in between. Marks it: Note [Drawn and put back].
@@ -100,6 +108,25 @@ class GeneratorState {
     HeldGenerator held(generator);
     return capture(held);
   }
+  // The same, for a generator that most likely will not move. Where that is enough, a Philox
+  // state is told from its fields alone, and is_still_of() needs no mutex for it; what it is in
+  // a stream capture is settled when it is known whether there was one: kNotAsked.
+  static GeneratorState glance(HeldGenerator& generator);
+  static GeneratorState glance(const at::Generator& generator) {
+    HeldGenerator held(generator);
+    return glance(held);
+  }
+  // The same; nothing if it is this one again.
+  std::optional<GeneratorState> other_glance(const at::Generator& generator) const;
+  bool is_glance() const { return kind_ == Kind::kPhilox && philox_.capture == kNotAsked; }
+  // Is it one, at what is `state` outside of captures?
+  bool is_glance_at(const GeneratorState& state) const {
+    return is_glance() && state.kind_ == Kind::kPhilox && philox_.seed == state.philox_.seed &&
+           philox_.offset == state.philox_.offset && state.philox_.capture == kNoCapture;
+  }
+  // What a glance has seen, if the generator is at `mark` since and nothing else than draws and
+  // states that were set, in the same capture or in none, lies between.
+  GeneratorState settled(const GeneratorMark& mark) const;
   // A state that was never noted but is known.
   static GeneratorState philox(uint64_t seed, uint64_t offset);
   // False, and nothing is done, for a Philox state of another stream capture than
@@ -108,6 +135,12 @@ class GeneratorState {
   bool apply(const at::Generator& generator) const {
     HeldGenerator held(generator);
     return apply(held);
+  }
+
+  // The same where the generator does not stand there already.
+  bool set(const at::Generator& generator) const {
+    HeldGenerator held(generator);
+    return is_state_of(held) || apply(held);
   }
 
   // Does `generator` stand where this state was captured? Cheaper than a
@@ -121,10 +154,10 @@ class GeneratorState {
   // the mark is the whole state, which is so for philox, or tells that it is not.
   bool is_state_of(HeldGenerator& generator, const GeneratorMark& mark) const;
 
-  // Would capture() give this state again? False where the answer costs as much as that.
+  // Is the generator of this glance still there, as far as that can be told without its mutex?
   bool is_still_of(const at::Generator& generator) const {
-    return kind_ == Kind::kMt19937 ? is_untouched_since(generator)
-                                   : kind_ == Kind::kPhilox && is_state_of(generator);
+    return is_glance() && compat::at_philox(*generator.unsafeGetGeneratorImpl(), *kept_,
+                                            philox_.seed, philox_.offset);
   }
 
   bool operator==(const GeneratorState& other) const;
@@ -166,7 +199,7 @@ class GeneratorState {
     PhiloxPosition philox_ = {0, 0, kNoCapture};
     Samples samples_;  // mt19937
   };
-  // mt19937: the Mt19937Block; opaque: a tensor. Shared.
+  // mt19937: the Mt19937Block; opaque: a tensor; a glance: the owner of the fields. Shared.
   c10::intrusive_ptr<c10::intrusive_ptr_target> kept_;
 };
 
@@ -179,11 +212,17 @@ class GeneratorMark {
     HeldGenerator held(generator);
     return of(held);
   }
+  // Of a generator that stands where a glance has seen it, and that no capture concerns.
+  static GeneratorMark of(const GeneratorState& glance);
 
   bool operator==(const GeneratorMark& other) const;
   // Is this further on than `other`? Unknown for opaque states, after a new
   // seed, and for mt19937 unless both stand in the same block of 624 words.
   bool is_beyond(const GeneratorMark& other) const;
+  // Do the two belong to different stream captures, or only one to any?
+  bool is_elsewhere(const GeneratorMark& other) const {
+    return kind_ == GeneratorKind::kPhilox && block_ != other.block_;
+  }
   // Did the generator come here from `begin` by draws alone? False where unknown.
   bool only_drawn_since(const GeneratorState& begin) const {
     return stamp_ != 0 && stamp_ == begin.stamp_;

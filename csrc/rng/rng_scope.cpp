@@ -10,12 +10,12 @@
 namespace reprise {
 namespace {
 
-using Entry = RngSnapshot::Entry;
+using Entry = RngStash::View;
 
 // Does a generator of the stash not stand at `now` as it should after the replay?
 // Stopped early, it may stand before that, not beyond.
 bool diverges(const Entry& entry, const GeneratorMark& now, bool stopped_early) {
-  if (!entry.end.has_value()) {  // the forward is not over: nothing to compare with
+  if (entry.end == nullptr) {  // the forward is not over: nothing to compare with
     return false;
   }
   // A forward that sets its generator may be anywhere when it is stopped.
@@ -39,30 +39,26 @@ std::string divergence(const Entry& entry, const GeneratorMark& now) {
 
 }  // namespace
 
-RngScope::RngScope(RngSnapshot stash, bool enabled, bool checked)
+RngScope::RngScope(RngStash stash, bool enabled, bool checked)
     : stash_(std::move(stash)), enabled_(enabled) {
   if (!enabled_) {
     return;
   }
   if (stash_.empty()) {
     turns_ = Lease::turns();
-    if (checked && !Lease::held_by_others(Lease::Kind::kGenerator)) {
-      all_ = RngSnapshot::capture_defaults();
-    }
+    note_outer(checked && !Lease::held_by_others(Lease::Kind::kGenerator));
     return;
   }
   Lease::Keys keys;
-  for (const Entry& entry : stash_.entries()) {
-    keys.push_back(entry.generator.unsafeGetGeneratorImpl());
+  for (size_t i = 0; i < stash_.size(); ++i) {
+    keys.push_back(stash_[i].generator.unsafeGetGeneratorImpl());
   }
   // Before they are noted: see Note [Turns].
   lease_.emplace(Lease::Kind::kGenerator, keys, [this](size_t index) {
-    return "the random generator " + generator_name(stash_.generator(index));
+    return "the random generator " + generator_name(stash_[index].generator);
   });
   turns_ = lease_->turn();
-  if (checked && !lease_->others_held()) {
-    note_others();
-  }
+  note_outer(checked && !lease_->others_held());
   try {
     rewind();
   } catch (...) {
@@ -71,52 +67,71 @@ RngScope::RngScope(RngSnapshot stash, bool enabled, bool checked)
   }
 }
 
-void RngScope::note_others() {
-  visit_default_generators([this](const at::Generator& generator) {
-    if (!stash_.contains(generator)) {
-      others_.emplace_back(generator, GeneratorState::capture(generator));
+void RngScope::note_outer(bool watched) {
+  outer_ = watched ? RngSnapshot::glance() : RngSnapshot::capture(stash_.generators());
+  size_t next = 0;
+  for (size_t i = 0; i < stash_.size(); ++i) {
+    const Entry entry = stash_[i];
+    auto place = outer_.place_of(entry.generator, next);
+    if (!place.has_value()) {  // an explicit one
+      outer_ = RngSnapshot::glance(stash_.generators());
+      place = outer_.place_of(entry.generator, next);
     }
-  });
+    const bool is_resting = !entry.moved && outer_.state(*place).is_glance_at(entry.state);
+    rewound_.push_back({entry, *place, is_resting});
+    next = *place + 1;
+  }
 }
 
 void RngScope::rewind() {
-  const auto& stash = stash_.entries();
-  outer_.reserve(stash.size());
-  for (const Entry& entry : stash) {
-    outer_.push_back(GeneratorState::capture(entry.generator));
-  }
-  for (size_t i = 0; i < stash.size(); ++i) {
-    const Entry& entry = stash[i];
-    if (entry.state == outer_[i] || entry.state.apply(entry.generator)) {
+  for (const auto& [entry, place, is_resting] : rewound_) {
+    if (is_resting) {
       continue;
     }
-    if (entry.moved || !entry.end.has_value()) {
+    const GeneratorState& outer = outer_.state(place);
+    const bool is_exact = !outer.is_glance() && !entry.state.is_glance();
+    const bool is_there = is_exact ? entry.state == outer || entry.state.apply(entry.generator)
+                                   : entry.state.set(entry.generator);
+    if (!is_there && (entry.moved || entry.end == nullptr)) {
       throw OutOfReach(out_of_reach(entry.generator, entry.state));
     }
-    left_alone_.push_back(i);
   }
-}
-
-bool RngScope::is_left_alone(size_t index) const {
-  return std::find(left_alone_.begin(), left_alone_.end(), index) != left_alone_.end();
 }
 
 bool RngScope::moved_by_us() const { return Lease::turns() == turns_ && host().is_alone(); }
 
 template <typename Visit>
 void RngScope::visit_others(const Visit& visit) const {
-  for (const auto& [generator, state] : others_) {
-    visit(generator, state);
-  }
-  for (const Entry& entry : all_.entries()) {
-    visit(entry.generator, entry.state);
+  const auto& all = outer_.entries();
+  size_t next = 0;  // of those of the stash, which are in order but for newcomers
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (next < rewound_.size() && rewound_[next].place == i) {
+      ++next;
+    } else if (std::none_of(rewound_.begin(), rewound_.end(),
+                            [i](const Rewound& rewound) { return rewound.place == i; })) {
+      visit(all[i].generator, all[i].state);
+    }
   }
 }
 
-bool RngScope::put_back_one(size_t index, Compare compare, std::string& differs) {
-  const Entry& entry = stash_.entries()[index];
-  const bool is_compared = compare != Compare::kNothing && differs.empty() && !is_left_alone(index);
+bool RngScope::is_told_already(const Rewound& rewound) const {
+  for (const Rewound& before : rewound_) {
+    if (&before == &rewound) {
+      break;
+    }
+    if (share_state(before.entry.generator, rewound.entry.generator)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+void RngScope::put_back_one(const Rewound& rewound, Compare compare, std::string& differs,
+                            GeneratorList& unexpected) {
+  const Entry& entry = rewound.entry;
+  const GeneratorState& outer = outer_.state(rewound.place);
   GeneratorMark now;
+  bool is_left_alone = false;
   bool differs_here = false;
   bool stands_at_begin = false;
   bool moved = false;
@@ -124,19 +139,23 @@ bool RngScope::put_back_one(size_t index, Compare compare, std::string& differs)
   {
     HeldGenerator held(entry.generator);  // nothing else is asked meanwhile
     now = GeneratorMark::of(held);
-    differs_here = is_compared && diverges(entry, now, compare == Compare::kNotBeyond);
+    is_left_alone = !entry.moved && entry.end != nullptr && now.is_elsewhere(*entry.end);
+    differs_here = compare != Compare::kNothing && differs.empty() && !is_left_alone &&
+                   diverges(entry, now, compare == Compare::kNotBeyond);
     stands_at_begin = differs_here && entry.state.is_state_of(held);
-    moved = !outer_[index].is_state_of(held, now);
-    is_in_reach = !moved || outer_[index].apply(held);
+    moved = !outer.is_state_of(held, now);
+    is_in_reach = !moved || outer.apply(held);
   }
   // Left where it began: another thread may have drawn during the forward.
-  if (differs_here && !(stands_at_begin && !host().is_alone())) {
+  if (differs_here && !(stands_at_begin && !host().is_alone()) && !is_told_already(rewound)) {
     differs = divergence(entry, now);
   }
   if (!is_in_reach) {
-    throw OutOfReach(out_of_reach(entry.generator, outer_[index]));
+    throw OutOfReach(out_of_reach(entry.generator, outer));
   }
-  return moved;
+  if (moved && is_left_alone && host().is_alone()) {
+    unexpected.push_back(entry.generator);
+  }
 }
 
 std::string RngScope::finish(Compare compare) {
@@ -146,16 +165,17 @@ std::string RngScope::finish(Compare compare) {
   std::string differs;  // of the first that does
   GeneratorList unexpected;
   Attempts attempt;
-  for (size_t i = 0; i < outer_.size(); ++i) {
-    attempt([&] {
-      if (put_back_one(i, compare, differs) && is_left_alone(i) && host().is_alone()) {
-        unexpected.push_back(stash_.generator(i));
-      }
-    });
+  for (const Rewound& rewound : rewound_) {
+    if (!rewound.is_resting || !outer_.state(rewound.place).is_still_of(rewound.entry.generator)) {
+      attempt([&] { put_back_one(rewound, compare, differs, unexpected); });
+    }
   }
   bool others_moved = false;
   visit_others([&](const at::Generator& generator, const GeneratorState& state) {
-    attempt([&] { others_moved = others_moved || !state.is_state_of(generator); });
+    attempt([&] {
+      others_moved =
+          others_moved || !(state.is_still_of(generator) || state.is_state_of(generator));
+    });
   });
   if (others_moved && moved_by_us()) {
     visit_others([&](const at::Generator& generator, const GeneratorState& state) {

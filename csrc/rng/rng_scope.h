@@ -14,6 +14,7 @@
 
 #include "lease.h"
 #include "rng/rng_snapshot.h"
+#include "rng/rng_stash.h"
 
 namespace reprise {
 
@@ -23,7 +24,7 @@ class RngScope {
   // the forward moved belongs to another stream capture; others of that kind are left
   // alone. Not `enabled`: does nothing. Not `checked`: generators that the forward did not
   // draw from are not looked at, for who moves them may be somebody else.
-  RngScope(RngSnapshot stash, bool enabled, bool checked = true);
+  RngScope(RngStash stash, bool enabled, bool checked = true);
   ~RngScope() { put_back(); }
   RngScope(const RngScope&) = delete;
   RngScope& operator=(const RngScope&) = delete;
@@ -45,14 +46,23 @@ class RngScope {
 
  private:
   enum class Compare { kNothing, kNotBeyond, kEnd };
+  // A generator of the stash.
+  struct Rewound {
+    RngStash::View entry;
+    size_t place;     // in outer_
+    bool is_resting;  // the forward left it where it stood, and it still stood there
+  };
+  void note_outer(bool watched);
   void rewind();
   std::string finish(Compare compare);
-  // Puts a generator of the stash back; was it elsewhere? `differs`: told there, if
-  // nothing is yet.
-  bool put_back_one(size_t index, Compare compare, std::string& differs);
+  // Puts a generator of the stash back. What is wrong with it is told in `differs`, if
+  // nothing is yet, or it is added to `unexpected`: the forward did not move it.
+  void put_back_one(const Rewound& rewound, Compare compare, std::string& differs,
+                    GeneratorList& unexpected);
   void put_back() noexcept;
-  bool is_left_alone(size_t index) const;
-  void note_others();
+  // Does a generator of the stash share its state with one before it?
+  bool is_told_already(const Rewound& rewound) const;
+  // Calls visit(generator, outer state) for the generators that are not in the stash.
   template <typename Visit>
   void visit_others(const Visit& visit) const;
   // Generators that are not in the stash have moved. Can only we have moved them?
@@ -60,16 +70,14 @@ class RngScope {
   // we looked had taken it by then, be it given back or not.
   bool moved_by_us() const;
 
-  const RngSnapshot stash_;
+  const RngStash stash_;
   bool enabled_;
-  uint64_t turns_ = 0;                         // taken when this was made
-  std::optional<Lease> lease_;                 // given back last
-  c10::SmallVector<GeneratorState, 1> outer_;  // where the stash's generators stood
-  c10::SmallVector<size_t, 1> left_alone_;     // of the stash: not rewound
-  // The other default generators and where they stood; none if another thread had rewound
-  // some of them when this was made.
-  c10::SmallVector<std::pair<at::Generator, GeneratorState>, 1> others_;
-  RngSnapshot all_;  // the same where the stash is empty, as nearly always: not a copy
+  uint64_t turns_ = 0;          // taken when this was made
+  std::optional<Lease> lease_;  // given back last
+  // Where the generators of the stash stood, and the other default ones, if no other thread
+  // had rewound some of these when this was made.
+  RngSnapshot outer_;
+  c10::SmallVector<Rewound, 8> rewound_;
 };
 
 }  // namespace reprise

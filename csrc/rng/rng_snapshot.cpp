@@ -141,7 +141,8 @@ const RngSnapshot::Entries& RngSnapshot::none() {
 }
 
 const RngSnapshot& RngSnapshot::of_defaults() {
-  thread_local RngSnapshot last;
+  thread_local RngSnapshot t_last;
+  RngSnapshot& last = t_last;  // asked for once
   // Nobody has it but us, which is so where each segment draws: its memory is used again.
   // The fence: whoever had it, on whatever thread, has read it.
   bool own = last.entries_.use_count() == 1;
@@ -151,20 +152,21 @@ const RngSnapshot& RngSnapshot::of_defaults() {
     const size_t i = next++;
     const Entries& known = last.entries();
     const bool is_known = i < known.size() && known[i].generator == generator;
-    if (is_known && known[i].state.is_still_of(generator)) {
+    auto state = is_known ? known[i].state.other_glance(generator)
+                          : std::make_optional(GeneratorState::glance(generator));
+    if (!state.has_value()) {
       return;
     }
-    auto state = GeneratorState::capture(generator);
     if (!own) {
       last = RngSnapshot(std::make_shared<Entries>(known));
       own = true;
     }
     Entries& entries = *last.entries_;
     if (is_known) {
-      entries[i].state = std::move(state);
+      entries[i].state = *std::move(state);
     } else {  // they have become more, or others, which is rare
       entries.resize(i);
-      entries.push_back({generator, std::move(state), std::nullopt, false});
+      entries.push_back({generator, *std::move(state)});
     }
   });
   if (next < last.size()) {  // some are not there any more
@@ -174,11 +176,12 @@ const RngSnapshot& RngSnapshot::of_defaults() {
   return last;
 }
 
-RngSnapshot RngSnapshot::capture_defaults(Generators others) {
+RngSnapshot RngSnapshot::glance(Generators others) {
+  const RngSnapshot& defaults = of_defaults();
   if (others.empty()) {
-    return of_defaults();
+    return defaults;
   }
-  auto entries = std::make_shared<Entries>(of_defaults().entries());
+  auto entries = std::make_shared<Entries>(defaults.entries());
   for (const auto& generator : others) {
     capture_one(entries, generator);
   }
@@ -196,99 +199,28 @@ RngSnapshot RngSnapshot::capture(Generators generators) {
 RngSnapshot RngSnapshot::of(std::vector<std::pair<at::Generator, GeneratorState>> states) {
   NewEntries entries;
   for (auto& [generator, state] : states) {
-    made(entries).push_back({std::move(generator), std::move(state), std::nullopt, false});
+    made(entries).push_back({std::move(generator), std::move(state)});
   }
   return RngSnapshot(std::move(entries));
 }
 
 void RngSnapshot::capture_one(NewEntries& entries, const at::Generator& generator) {
   Entries& all = made(entries);
-  if (!contains(all, generator)) {
-    all.push_back({generator, GeneratorState::capture(generator), std::nullopt, false});
+  const bool is_there = std::any_of(
+      all.begin(), all.end(), [&](const Entry& entry) { return entry.generator == generator; });
+  if (!is_there) {
+    all.push_back({generator, GeneratorState::capture(generator)});
   }
 }
 
-bool RngSnapshot::contains(const Entries& entries, const at::Generator& generator) {
-  return std::any_of(entries.begin(), entries.end(),
-                     [&](const Entry& entry) { return entry.generator == generator; });
-}
-
-bool RngSnapshot::contains(const at::Generator& generator, size_t hint) const {
+std::optional<size_t> RngSnapshot::place_of(const at::Generator& generator) const {
   const Entries& all = entries();
-  return (hint < all.size() && all[hint].generator == generator) || contains(all, generator);
-}
-
-RngSnapshot RngSnapshot::needed_by_a_replay(
-    const c10::SmallVectorImpl<c10::Device>& devices) const {
-  NewEntries needed;
-  for (const auto& e : entries()) {
-    if (e.state.is_untouched_since(e.generator)) {
-      continue;
-    }
-    HeldGenerator held(e.generator);
-    const auto end = GeneratorMark::of(held);
-    const bool moved = !e.state.is_state_of(held, end);
-    if (moved || e.state.kind() == GeneratorKind::kMt19937 ||
-        std::find(devices.begin(), devices.end(), e.generator.device()) != devices.end()) {
-      if (!needed) {
-        made(needed).reserve(&entries().back() - &e + 1);
-      }
-      needed->push_back({e.generator, e.state, end, moved});
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i].generator == generator) {
+      return i;
     }
   }
-  return RngSnapshot(std::move(needed));
-}
-
-std::vector<std::string> RngSnapshot::names_of_moved() const {
-  std::vector<std::string> names;
-  for (const auto& entry : entries()) {
-    if (entry.moved) {
-      names.push_back(generator_name(entry.generator));
-    }
-  }
-  return names;
-}
-
-namespace {
-
-// Does a generator stand where a new one of its device would? Then nothing was
-// drawn from it yet.
-bool is_fresh(const at::Generator& generator) {
-  try {
-    const auto device = generator.device();
-    const auto& hooks = at::globalContext().getAcceleratorHooksInterface(device.type());
-    return GeneratorState::capture(hooks.getNewGenerator(device.index())).is_state_of(generator);
-  } catch (const c10::Error&) {
-    return false;  // the backend cannot make one
-  }
-}
-
-}  // namespace
-
-std::vector<std::string> RngSnapshot::add_newcomers(const RngSnapshot& before) {
-  std::vector<std::string> unknown;
-  NewEntries newcomers;
-  size_t next = 0;
-  visit_defaults([&](const at::Generator& generator) {
-    if (before.contains(generator, next++)) {
-      return;
-    }
-    if (kind_of(generator) != GeneratorKind::kPhilox) {
-      if (!is_fresh(generator)) {
-        unknown.push_back(generator_name(generator));
-      }
-      return;
-    }
-    auto state = GeneratorState::philox(generator.current_seed(), 0);
-    const bool moved = !state.is_state_of(generator);
-    made(newcomers).push_back({generator, std::move(state), GeneratorMark::of(generator), moved});
-  });
-  if (newcomers) {
-    auto all = std::make_shared<Entries>(entries());
-    all->append(newcomers->begin(), newcomers->end());
-    *this = RngSnapshot(std::move(all));
-  }
-  return unknown;
+  return std::nullopt;
 }
 
 GeneratorList RngSnapshot::restore_moved() const {

@@ -5,7 +5,7 @@
 // every accelerator that is initialised, wherever the tensors are, and the
 // explicit ones that a segment's function can reach. A device that nobody has
 // touched has no state worth keeping, and asking for it would initialise it; if
-// the forward touches it first, add_newcomers() tells what its state was.
+// the forward touches it first, RngStash::add_newcomers() tells what its state was.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -84,34 +84,20 @@ class RngSnapshot {
  public:
   using Generators = c10::ArrayRef<at::Generator>;
   struct Entry {
-    at::Generator generator;           // strong
-    GeneratorState state;              // where it was captured
-    std::optional<GeneratorMark> end;  // where the forward left it, once that is over
-    bool moved = false;                // by the forward, as far as its end tells
+    at::Generator generator;  // strong
+    GeneratorState state;     // where it was captured
   };
-  // One entry inline: most programs have the CPU alone, most stashes one device.
+  // One entry inline: most programs have the CPU alone.
   using Entries = c10::SmallVector<Entry, 1>;
 
   // Holds nothing.
   RngSnapshot() = default;
-  // The default generators, and `others` (explicit torch.Generator objects).
-  // Each once, however often it is named.
-  static RngSnapshot capture_defaults(Generators others = {});
-  // Only `generators`.
+  // The default generators, and `others` (explicit torch.Generator objects), as a segment or
+  // a replay begins, of which most will not move: GeneratorState::glance(). Each once, however
+  // often it is named.
+  static RngSnapshot glance(Generators others = {});
+  // Only `generators`, each once.
   static RngSnapshot capture(Generators generators);
-
-  // --- a segment's stash ---
-  // The forward is over. Without the generators that it cannot have used: an
-  // mt19937 engine that nobody touched, and other kinds that stand where they
-  // stood and whose device no tensor of the segment was on (16 bytes each stay
-  // for the others, as the ledger counts). Notes where the rest stands now: a replay must end
-  // there.
-  RngSnapshot needed_by_a_replay(const c10::SmallVectorImpl<c10::Device>& devices) const;
-  // After that, on what it returned: adds generators that exist now and did not when
-  // `before` was captured, the whole snapshot of the segment's beginning. A Philox
-  // generator began at offset 0 with the seed it has, be it there again; of others that
-  // were drawn from nothing is known: their names are returned.
-  std::vector<std::string> add_newcomers(const RngSnapshot& before);
 
   // Puts back the generators that do not stand where they were captured, and
   // returns them. An error of one does not keep the others from being put
@@ -119,15 +105,16 @@ class RngSnapshot {
   GeneratorList restore_moved() const;
 
   // `hint`: the place where it is nearly always, if it is there.
-  bool contains(const at::Generator& generator, size_t hint = 0) const;
+  std::optional<size_t> place_of(const at::Generator& generator, size_t hint) const {
+    const Entries& all = entries();
+    return hint < all.size() && all[hint].generator == generator ? hint : place_of(generator);
+  }
   bool empty() const { return entries_ == nullptr; }
   size_t size() const { return entries().size(); }
   const Entries& entries() const { return entries_ ? *entries_ : none(); }
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.
   size_t nbytes(std::unordered_set<const void*>& seen) const;
   std::vector<std::string> names() const;
-  // Those that do not stand where they were captured any more at the forward's end.
-  std::vector<std::string> names_of_moved() const;
   GeneratorList generators() const;
   const GeneratorState& state(size_t index) const { return entries()[index].state; }
   const at::Generator& generator(size_t index) const { return entries()[index].generator; }
@@ -139,11 +126,11 @@ class RngSnapshot {
   explicit RngSnapshot(NewEntries entries) : entries_(std::move(entries)) {}
   static Entries& made(NewEntries& entries);
   static const Entries& none();
-  static bool contains(const Entries& entries, const at::Generator& generator);
   // Adds where a generator stands now, unless it is there already.
   static void capture_one(NewEntries& entries, const at::Generator& generator);
-  // The default generators where they stand now; the thread's last snapshot of them if
-  // they stand there still.
+  std::optional<size_t> place_of(const at::Generator& generator) const;
+  // A glance at the default generators; the thread's last snapshot of them if they stand there
+  // still.
   static const RngSnapshot& of_defaults();
 
   std::shared_ptr<Entries> entries_;  // null: none; changed by of_defaults() alone

@@ -43,6 +43,10 @@ constexpr CaptureId kNoCapture = 0;
 // A capture that torch did not begin: it refuses to draw there, so no generator
 // can move.
 constexpr CaptureId kForeignCapture = ~CaptureId{0};
+// Of a position that was looked at while nothing had been drawn from the generator in any
+// capture: then which stream is current makes no difference to what it is. Outside of a
+// capture it is (seed, offset), inside of any it is (seed, 0).
+constexpr CaptureId kNotAsked = ~CaptureId{1};
 
 // Null where a type has none, as the CPU.
 inline const c10::impl::DeviceGuardImplInterface* guard_of(c10::DeviceType type) {
@@ -50,7 +54,7 @@ inline const c10::impl::DeviceGuardImplInterface* guard_of(c10::DeviceType type)
 }
 
 // Is the current stream of `device` being captured? Some 20 ns where that is the default
-// stream, which CUDA does not capture; every look at a generator pays them.
+// stream, which CUDA does not capture; a glance at a generator need not ask.
 bool is_captured(c10::Device device);
 
 // The same, but false also where torch refuses to tell an offset anyway: on the

@@ -78,7 +78,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     segment->ambient_.note();
   }
   if (options.preserve_rng_state) {
-    segment->stash_ = RngSnapshot::capture_defaults(generators);
+    segment->stash_ = RngStash(RngSnapshot::glance(generators));
   }
   segment->reached_.note(reached);
   if (options.check_values) {
@@ -114,7 +114,7 @@ void Segment::drop() noexcept {
   for (const auto* storage : held_inputs_) {
     holder_->drop(storage);
   }
-  stash_ = RngSnapshot();
+  stash_ = RngStash();
   reached_ = ReachedState();
   const InterpreterHeld held;  // once for all objects that are let go
   inputs_.clear();
@@ -135,10 +135,10 @@ void Segment::end_forward() {
   if (value_notes_) {
     write_fingerprints(value_notes_->finish());
   }
-  RngSnapshot needed;
+  RngStash needed;
   if (options_.preserve_rng_state) {
-    needed = stash_.needed_by_a_replay(devices_);
-    const auto unknown = needed.add_newcomers(stash_);
+    needed = RngStash::needed_by_a_replay(stash_.begin(), devices_);
+    const auto unknown = needed.add_newcomers(stash_.begin());
     if (!unknown.empty()) {
       host().throw_checkpoint_error(
           c10::str("torch_reprise: ", name(), " is the first to use the device ", unknown.front(),

@@ -48,7 +48,7 @@
 #include "effects/reached_state.h"
 #include "fingerprint/value_notes.h"
 #include "host.h"
-#include "rng/rng_snapshot.h"
+#include "rng/rng_stash.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
 #include "torch_compat.h"
@@ -143,7 +143,7 @@ class Segment final : public c10::intrusive_ptr_target {
   // The inputs as tensors again, version-checked; may replay an enclosing segment.
   std::vector<at::Tensor> unpack_inputs() const;
   Program& program() { return *program_; }
-  const RngSnapshot& stash() const { return stash_; }
+  const RngStash& stash() const { return stash_; }
   const AmbientState& ambient() const { return ambient_; }
   const ReachedState& reached() const { return reached_; }
   const SegmentOptions& options() const { return options_; }
@@ -216,7 +216,7 @@ class Segment final : public c10::intrusive_ptr_target {
 
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.
-  RngSnapshot stash_;
+  RngStash stash_;
 
   // Written at begin and end of the forward, read-only after.
   ReachedState reached_;

@@ -94,6 +94,32 @@ def test_forward_and_backward_in_one_graph(name: str, use_reentrant: bool) -> No
     assert ledger.replays() > before
 
 
+@pytest.mark.parametrize("drawn_before", [False, True])
+def test_a_backward_inside_of_a_captured_forward(drawn_before: bool) -> None:
+    seen: list[int] = []
+
+    def fn(x: Tensor) -> Tensor:
+        seen.append(in_graph(0))
+        y = draws(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        seen.append(in_graph(0))
+        return draws(y * gradient)
+
+    torch.rand(4, device="cuda:0")
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph):
+        x = leaf("cuda:0").sin()
+        if drawn_before:
+            dropout(x, 0.5)
+        checkpoint(fn, x, use_reentrant=False).sum().backward()
+        end = in_graph(0)
+    begin = 4 if drawn_before else 0
+    # The forward, its own replay in the middle of it, and the replay in backward.
+    assert seen[:3] == [begin, begin, begin + 4] and seen[3] == begin
+    assert end == begin + 8
+    assert offsets()[0] == (7, 4)
+
+
 @both_forms
 @pytest.mark.parametrize("fork", [False, True], ids=["drawn", "drawn and put back"])
 def test_a_replay_draws_at_the_offsets_of_the_forward(fork: bool, use_reentrant: bool) -> None:

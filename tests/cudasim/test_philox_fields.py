@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_helpers import draws, generator, leaf
+from cuda_helpers import draws, generator, leaf, offsets
+from helpers import both_forms
 
-from torch_reprise import _C, checkpoint, rng
+from torch_reprise import _C, Checkpointer, checkpoint, rng
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("seeded")]
 
@@ -84,3 +85,23 @@ def test_a_generator_with_a_state_of_another_one_is_rewound() -> None:
     between = told_by_torch(g)
     y.sum().backward()
     assert seen[1] == seen[0] and told_by_torch(g) == between
+
+
+@both_forms
+def test_generators_that_share_a_state(use_reentrant: bool) -> None:
+    other = torch.Generator("cuda:0")
+    other.graphsafe_set_state(generator(0).graphsafe_get_state())
+    seen: list[int] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        torch.rand(4, device="cuda:0")
+        torch.rand(4, device="cuda:0", generator=other)
+        seen.append(generator(0).get_offset())
+        return draws(x.to("cuda:0")).cpu()
+
+    y = Checkpointer(use_reentrant=use_reentrant, early_stop=False)(fn, leaf())
+    torch.rand(4, device="cuda:0")
+    before = offsets()
+    y.sum().backward()
+    assert seen == [8, 8]
+    assert offsets() == before

@@ -6,6 +6,7 @@ order and threads are real. Run through launch.py, see README.md; runs on GPUs a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,48 @@ def test_only_devices_that_matter_are_kept() -> None:
     assert record.rows[0].generators == ("cuda:6",)
     assert ledger.stashed_bytes() == 16
     del y
+
+
+def test_segments_that_draw_nothing_share_what_they_keep() -> None:
+    def quiet(x: Tensor, y: Tensor) -> Tensor:
+        return x.sin() * y.sin().cpu()
+
+    x = [leaf()]
+    for device in (1, 1, 1):
+        x.append(checkpoint(quiet, x[-1], leaf(f"cuda:{device}"), use_reentrant=False))
+    assert ledger.stashed_bytes() == 16
+    torch.rand(4, device="cuda:1")
+    x.append(checkpoint(quiet, x[-1], leaf("cuda:1"), use_reentrant=False))
+    assert ledger.stashed_bytes() == 32
+    x.append(checkpoint(quiet, x[-1], leaf("cuda:2"), use_reentrant=False))
+    assert ledger.stashed_bytes() == 48
+    before = offsets()
+    x[-1].sum().backward()
+    assert offsets() == before
+    del x
+    assert ledger.stashed_bytes() == 0
+
+
+def test_a_generator_whose_state_is_exchanged_by_another_thread() -> None:
+    """States are looked at without the generator's lock: one that is let go must not be read."""
+    g = generator(3)
+    kept = g.graphsafe_get_state()
+    stop = threading.Event()
+
+    def exchange() -> None:
+        while not stop.is_set():
+            g.graphsafe_set_state(torch.Generator("cuda:3").manual_seed(5).graphsafe_get_state())
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        for _ in range(100):
+            checkpoint(torch.sin, leaf(), use_reentrant=False).sum().backward()
+    finally:
+        stop.set()
+        thread.join()
+        g.graphsafe_set_state(kept)
+    assert ledger.stashed_bytes() == 0
 
 
 def test_a_replay_that_draws_more_names_the_device_and_both_counts() -> None:

@@ -14,10 +14,12 @@
 #include "rng/generator_state.h"
 #include "rng/rng_scope.h"
 #include "rng/rng_snapshot.h"
+#include "rng/rng_stash.h"
 #include "test_host.h"
 #include "torch_compat.h"
 
 using reprise::GeneratorState;
+using reprise::RngStash;
 
 namespace {
 
@@ -200,9 +202,9 @@ TEST(an_unknown_backend_is_opaque) {
 TEST(a_scope_rewinds_and_puts_back) {
   TestHost::install();
   at::manual_seed(1);
-  auto stash = reprise::RngSnapshot::capture_defaults();
+  const auto begin = reprise::RngSnapshot::glance();
   const auto drawn = at::rand({5});
-  stash = stash.needed_by_a_replay(kNoDevices);
+  const auto stash = RngStash::needed_by_a_replay(begin, kNoDevices);
   EXPECT(stash.names() == std::vector<std::string>{"cpu"});
   const auto after = at::globalContext().defaultGenerator(at::kCPU).get_state();
   {
@@ -216,8 +218,8 @@ TEST(a_scope_rewinds_and_puts_back) {
 TEST(a_scope_with_nothing_to_rewind_still_puts_back) {
   TestHost::install();
   at::manual_seed(1);
-  auto stash = reprise::RngSnapshot::capture_defaults();
-  stash = stash.needed_by_a_replay(kNoDevices);
+  const auto begin = reprise::RngSnapshot::glance();
+  const auto stash = RngStash::needed_by_a_replay(begin, kNoDevices);
   EXPECT(stash.empty());
   const auto before = at::globalContext().defaultGenerator(at::kCPU).get_state();
   {
@@ -234,7 +236,7 @@ TEST(an_error_of_one_generator_keeps_no_other_from_being_put_back) {
   auto cpu = at::globalContext().defaultGenerator(at::kCPU);
   for (const bool compared : {true, false}) {
     at::manual_seed(1);
-    const auto stash = reprise::RngSnapshot::capture({make<OpaqueGenerator>(), cpu});
+    const RngStash stash(reprise::RngSnapshot::capture({make<OpaqueGenerator>(), cpu}));
     at::rand({3});
     const auto after = cpu.get_state();
     bool failed = false;
@@ -259,12 +261,12 @@ TEST(an_error_of_one_generator_keeps_no_other_from_being_put_back) {
 
 TEST(a_generator_that_was_drawn_from_and_put_back_is_kept) {
   at::manual_seed(1);
-  auto stash = reprise::RngSnapshot::capture_defaults();
+  const auto begin = reprise::RngSnapshot::glance();
   auto generator = at::globalContext().defaultGenerator(at::kCPU);
   const auto tensor = generator.get_state();
   at::rand({3});
   generator.set_state(tensor);
-  stash = stash.needed_by_a_replay(kNoDevices);
+  const auto stash = RngStash::needed_by_a_replay(begin, kNoDevices);
   EXPECT_EQ(stash.size(), 1u);
   EXPECT(stash.names_of_moved().empty());
 }
@@ -280,10 +282,10 @@ TEST(what_a_seed_leaves_in_the_padding_is_no_mark) {
                 3);
   };
   seed();
-  auto stash = reprise::RngSnapshot::capture_defaults();
+  const auto begin = reprise::RngSnapshot::glance();
   at::rand({3});
   seed();
-  stash = stash.needed_by_a_replay(kNoDevices);
+  const auto stash = RngStash::needed_by_a_replay(begin, kNoDevices);
   EXPECT_EQ(stash.size(), 1u);
 }
 
