@@ -649,22 +649,102 @@ def test_objects_among_the_arguments_are_looked_into(use_reentrant: bool) -> Non
     assert all(map(torch.equal, *found))
 
 
+class Clamped(nn.Module):
+    """Does to its parameter what is the same twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.clamp_(-1, 1)
+        return x * self.scale
+
+
 def test_a_parameter_that_the_function_changes_is_named() -> None:
-    embedding = nn.Embedding(4, 3, max_norm=0.1)
-
-    def fn(x: Tensor, index: Tensor) -> Tensor:
-        return embedding(index) * x
-
-    index = torch.tensor([0, 1])
-    y = checkpoint(fn, leaf(2, 3), index, use_reentrant=False)
-    with pytest.raises(CheckpointError, match="(?s)changes 'weight' .*preserve_state=False"):
+    y = checkpoint(Clamped(), leaf(2, 3), use_reentrant=False)
+    with pytest.raises(CheckpointError, match="(?s)changes 'scale' .*preserve_state=False"):
         y.sum().backward()
-    x = leaf(2, 3)
-    again = x.detach().clone().requires_grad_()
-    Checkpointer(preserve_state=False)(fn, x, index).sum().backward()
-    fn(again, index).sum().backward()
+    x, again = leaf(2, 3), leaf(2, 3)
+    Checkpointer(preserve_state=False)(Clamped(), x).sum().backward()
+    Clamped()(again).sum().backward()
     assert x.grad is not None and again.grad is not None
     assert torch.equal(x.grad, again.grad)
+
+
+def embedding_with_max_norm(kind: str, trained: bool) -> nn.Module:
+    """Scaling its rows twice is not the same to the last bit as scaling them once."""
+    torch.manual_seed(0)
+    made: nn.Module
+    if kind == "bag":
+        made = nn.EmbeddingBag(40, 65, max_norm=3.0, mode="sum")
+    else:
+        made = nn.Embedding(40, 65, max_norm=3.0)
+    return made.requires_grad_(trained)
+
+
+EMBEDDINGS = pytest.mark.parametrize("kind", ["embedding", "bag"])
+
+
+@EMBEDDINGS
+def test_scaling_an_embedding_twice_is_not_scaling_it_once(kind: str) -> None:
+    """What the next test is about; if this fails, torch has become exact."""
+    module = embedding_with_max_norm(kind, trained=True)
+    index = torch.arange(40).view(8, 5)
+    module(index)
+    once = module.weight.detach().clone()
+    module(index)
+    assert not torch.equal(once, module.weight)
+
+
+@both_forms
+@EMBEDDINGS
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_embedding_with_max_norm_is_scaled_once(
+    kind: str, trained: bool, use_reentrant: bool
+) -> None:
+    found = []
+    for run in (
+        lambda f, *args: f(*args),
+        functools.partial(checkpoint, use_reentrant=use_reentrant),
+    ):
+        module = embedding_with_max_norm(kind, trained)
+        linear = nn.Linear(65, 3)
+
+        def fn(
+            x: Tensor, index: Tensor, module: nn.Module = module, linear: nn.Module = linear
+        ) -> Tensor:
+            return linear(module(index).tanh()).tanh() * x
+
+        x = leaf(1)
+        for _ in range(3):
+            run(fn, x, torch.arange(40).view(8, 5)).sum().backward()
+        assert module.max_norm == 3.0
+        assert x.grad is not None
+        found.append([x.grad, module.weight.detach(), linear.weight.grad])
+        if trained:
+            found[-1].append(module.weight.grad)
+    assert all(map(torch.equal, *found))
+
+
+def test_an_embedding_that_is_scaled_more_than_once_is_an_error() -> None:
+    module = embedding_with_max_norm("embedding", trained=True)
+    index = torch.arange(10)
+
+    def twice(x: Tensor) -> Tensor:
+        return (module(index) * x).tanh() + module(index)
+
+    with pytest.raises(CheckpointError, match="(?s)changes 'weight' of a Embedding"):
+        checkpoint(twice, leaf(1), use_reentrant=False).sum().backward()
+
+    def once(x: Tensor) -> Tensor:
+        return (module(index) * x).tanh()
+
+    y = checkpoint(once, leaf(1), use_reentrant=False)
+    z = checkpoint(once, leaf(1), use_reentrant=False)
+    with pytest.raises(CheckpointError, match="(?s)'weight' of a Embedding was modified"):
+        (y + z).sum().backward()
 
 
 def test_a_lazy_module_gets_its_memory_in_a_segment() -> None:

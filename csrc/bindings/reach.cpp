@@ -75,6 +75,9 @@ struct Names {
   PyObject* modules = PyUnicode_InternFromString("_modules");
   PyObject* parameters = PyUnicode_InternFromString("_parameters");
   PyObject* buffers = PyUnicode_InternFromString("_buffers");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* max_norm = PyUnicode_InternFromString("max_norm");
+  PyObject* norm_type = PyUnicode_InternFromString("norm_type");
   PyObject* running_mean = PyUnicode_InternFromString("running_mean");
   PyObject* running_var = PyUnicode_InternFromString("running_var");
 };
@@ -301,6 +304,12 @@ class Search {
       reached = {&tensor, running ? Reached::Role::kRunning : Reached::Role::kState, certain,
                  training, is_buffer};
     }
+    if (!is_buffer && owner != nullptr && name == Names::get().weight) {
+      const Ref attributes = dict_of(owner);
+      if (attributes && scales_weight(attributes.get())) {
+        reached = {&tensor, Reached::Role::kScaled, true, training, false};
+      }
+    }
     const bool counts = !requires_grad || certain;
     if (counts) {
       reach_.tensors.push_back(reached);
@@ -490,6 +499,9 @@ class Search {
         memo_->add_module(object, training);
       }
     }
+    if (scales_weight(dict.get())) {  // not again in a replay: it may change the last bits
+      add_buffer(dict.get(), names.max_norm, Py_None, true);
+    }
     PyObject *key = nullptr, *entry = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(dict.get(), &position, &key, &entry) != 0;) {
       if (!PyDict_CheckExact(entry)) {
@@ -512,6 +524,22 @@ class Search {
     }
   }
 
+  // Of an embedding's attributes: does its forward scale the rows that it looks up?
+  static bool scales_weight(PyObject* dict) {
+    const Names& names = Names::get();
+    PyObject* max_norm = PyDict_GetItem(dict, names.max_norm);
+    return max_norm != nullptr && max_norm != Py_None &&
+           PyDict_GetItem(dict, names.norm_type) != nullptr;
+  }
+
+  void add_buffer(PyObject* dict, PyObject* name, PyObject* value, bool is_stand_in) {
+    reach_.buffers.push_back(
+        {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value)}, is_stand_in});
+    if (memo_ != nullptr) {
+      memo_->add_buffer(dict, name, value, is_stand_in);
+    }
+  }
+
   void tensors_of(PyObject* dict, PyObject* owner, bool training, bool certain, bool are_buffers,
                   const NamesInCode* only) {
     PyObject *name = nullptr, *entry = nullptr;
@@ -523,11 +551,7 @@ class Search {
       const bool is_stand_in =
           !are_buffers && Py_TYPE(entry) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
       if (are_buffers || is_stand_in) {
-        reach_.buffers.push_back(
-            {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(entry)}, is_stand_in});
-        if (memo_ != nullptr) {
-          memo_->add_buffer(dict, name, entry, is_stand_in);
-        }
+        add_buffer(dict, name, entry, is_stand_in);
       }
       if (kind_of(entry) == Kind::kTensor) {
         tensor(entry, name, owner, training, certain, are_buffers);

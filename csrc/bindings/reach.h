@@ -49,9 +49,11 @@ struct Reach {
     Ref module;
     bool training;
   };
-  // Of a module's dict of buffers, or of parameters: a tensor or None.
+  // Of a module's dict of buffers, of parameters, or of its attributes: a tensor or None.
   struct Buffer : Binding {
-    bool is_stand_in;  // a plain tensor among parameters: torch.func.functional_call
+    // Holds in every replay: a plain tensor among parameters (torch.func.functional_call), or
+    // that an embedding has no max_norm.
+    bool is_stand_in;
   };
   std::vector<at::Generator> generators;
   std::vector<Module> modules;

@@ -105,7 +105,8 @@ void ReachedState::note(const std::vector<Reached>& reached) {
                                   torch::autograd::impl::version_counter(tensor), 0, 0, checked});
     noted.saved_version = noted.version.current_version();
     noted.begin_version = noted.saved_version;
-    if (role == Reached::Role::kFixed || !compat::is_plain(tensor) ||
+    noted.is_scaled = role == Reached::Role::kScaled;
+    if (role == Reached::Role::kFixed || noted.is_scaled || !compat::is_plain(tensor) ||
         tensor.device().type() == c10::kMeta) {
       continue;
     }
@@ -141,7 +142,9 @@ void ReachedState::settle() {
     if (noted.storage >= 0 && now != noted.saved_version) {
       storages_[static_cast<size_t>(noted.storage)].changed = true;
     }
-    if (noted.storage >= 0) {
+    // Scaled twice, the first reading of it is lost.
+    const bool is_scaled_once = noted.is_scaled && now == noted.begin_version + 1;
+    if (noted.storage >= 0 || is_scaled_once) {
       noted.saved_version = now;
     } else {
       noted.changed_by_fn = now != noted.saved_version;

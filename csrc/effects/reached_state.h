@@ -53,6 +53,8 @@ struct Reached {
   const at::Tensor* tensor;  // valid while the search's interpreter lock is held
   enum class Role : uint8_t {
     kFixed,    // fn does not change it (a parameter): never copied
+    kScaled,   // the same, but an embedding with max_norm may change it before it reads it: a
+               // replay finds it changed, and must not do it again
     kState,    // fn may change it
     kRunning,  // running statistics: changed in training, without a word
   } role;
@@ -95,6 +97,7 @@ class ReachedState {
     uint32_t begin_version;
     bool checked;
     bool changed_by_fn = false;
+    bool is_scaled = false;
     int32_t storage = -1;  // into storages_; -1: only its version is noted
   };
   struct Kept {

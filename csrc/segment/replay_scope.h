@@ -86,9 +86,8 @@ class ReplayScope {
               ? "torch_reprise: " + segment.name() + " changes " + where +
                     " in place in its forward, of which no copy is kept (as of all that requires "
                     "grad). A replay would begin with the changed value. Change it outside of the "
-                    "checkpointed function; where doing it twice changes nothing (a clamp, "
-                    "nn.Embedding with max_norm), Checkpointer(preserve_state=False) replays with "
-                    "what is there."
+                    "checkpointed function; where doing it twice changes nothing (a clamp), "
+                    "Checkpointer(preserve_state=False) replays with what is there."
               : "torch_reprise: " + where + " was modified by an inplace operation after " +
                     segment.name() +
                     " used it in its forward and before its replay: it was at "

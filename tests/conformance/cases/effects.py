@@ -87,6 +87,27 @@ _with_buffers("S2", "a counter", _Counter)
 _with_buffers("S2", "a codebook that follows its inputs", _Codebook)
 _with_buffers("S2", "a mean that the module gives itself anew", _Mean)
 
+
+@case("S2", "an embedding with max_norm, which scales its rows in the forward")
+def scaled_embedding(use: Implementation) -> Any:
+    embedding = nn.Embedding(40, 65, max_norm=3.0)  # twice is not once, to the last bit
+
+    def fn(x: Tensor, index: Tensor) -> Tensor:
+        use.tick()
+        return embedding(index).tanh() * x
+
+    x = leaf(1)
+    for _ in range(2):
+        out = use.checkpoint(fn, x, torch.arange(40))
+        out.sum().backward()
+    return {
+        "output": out,
+        "gradient": x.grad,
+        "weight": embedding.weight,
+        "gradient of weight": embedding.weight.grad,
+    }
+
+
 # Plain autograd tells the shape. Names are what tells which of many tensors it was.
 _NAMED = clear(r"(?i)(?=.*in.?place)(?=.*\b(scales?|weight|argument))", "RuntimeError")
 
