@@ -728,6 +728,22 @@ def test_an_embedding_with_max_norm_is_scaled_once(
     assert all(map(torch.equal, *found))
 
 
+def test_an_attribute_of_that_name_is_left_alone_elsewhere() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            assert self.max_norm is not None
+            return F.embedding(input, self.weight) * self.max_norm
+
+    found = []
+    for run in (lambda f, *args: f(*args), functools.partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(0)
+        module = Scaled(4, 3, max_norm=0.1)
+        x = leaf(1)
+        run(lambda x, module: (module(torch.arange(4)) * x).sin(), x, module).sum().backward()
+        found.append([x.grad, module.weight.grad])
+    assert all(map(torch.equal, *found))
+
+
 def test_an_embedding_that_is_scaled_more_than_once_is_an_error() -> None:
     module = embedding_with_max_norm("embedding", trained=True)
     index = torch.arange(10)

@@ -77,7 +77,6 @@ struct Names {
   PyObject* buffers = PyUnicode_InternFromString("_buffers");
   PyObject* weight = PyUnicode_InternFromString("weight");
   PyObject* max_norm = PyUnicode_InternFromString("max_norm");
-  PyObject* norm_type = PyUnicode_InternFromString("norm_type");
   PyObject* running_mean = PyUnicode_InternFromString("running_mean");
   PyObject* running_var = PyUnicode_InternFromString("running_var");
 };
@@ -306,7 +305,7 @@ class Search {
     }
     if (!is_buffer && owner != nullptr && name == Names::get().weight) {
       const Ref attributes = dict_of(owner);
-      if (attributes && scales_weight(attributes.get())) {
+      if (attributes && scales_weight(owner, attributes.get())) {
         reached = {&tensor, Reached::Role::kScaled, true, training, false};
       }
     }
@@ -499,7 +498,7 @@ class Search {
         memo_->add_module(object, training);
       }
     }
-    if (scales_weight(dict.get())) {  // not again in a replay: it may change the last bits
+    if (scales_weight(object, dict.get())) {  // not again in a replay: it may change the last bits
       add_buffer(dict.get(), names.max_norm, Py_None, true);
     }
     PyObject *key = nullptr, *entry = nullptr;
@@ -524,12 +523,29 @@ class Search {
     }
   }
 
-  // Of an embedding's attributes: does its forward scale the rows that it looks up?
-  static bool scales_weight(PyObject* dict) {
-    const Names& names = Names::get();
-    PyObject* max_norm = PyDict_GetItem(dict, names.max_norm);
-    return max_norm != nullptr && max_norm != Py_None &&
-           PyDict_GetItem(dict, names.norm_type) != nullptr;
+  // Is it a torch.nn.Embedding or EmbeddingBag whose forward, which is torch's, scales the rows
+  // that it looks up?
+  static bool scales_weight(PyObject* module, PyObject* dict) {
+    PyObject* max_norm = PyDict_GetItem(dict, Names::get().max_norm);
+    if (max_norm == nullptr || max_norm == Py_None) {
+      return false;
+    }
+    static PyObject* const forward = PyUnicode_InternFromString("forward");
+    static const auto* const forwards = [] {
+      const Ref nn = checked(PyImport_ImportModule("torch.nn"));
+      auto* found = new std::vector<Ref>;
+      for (const char* name : {"Embedding", "EmbeddingBag"}) {
+        const Ref type = checked(PyObject_GetAttrString(nn.get(), name));
+        found->push_back(checked(PyObject_GetAttr(type.get(), forward)));
+      }
+      return found;
+    }();
+    PyObject* own = PyDict_GetItem(dict, forward);
+    if (own == nullptr) {
+      own = _PyType_Lookup(Py_TYPE(module), forward);
+    }
+    return std::any_of(forwards->begin(), forwards->end(),
+                       [own](const Ref& known) { return known.get() == own; });
   }
 
   void add_buffer(PyObject* dict, PyObject* name, PyObject* value, bool is_stand_in) {

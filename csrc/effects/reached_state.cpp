@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pthread.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -21,7 +22,12 @@ namespace {
 class KnownStorages {
  public:
   static KnownStorages& get() {
-    static auto* known = new KnownStorages;
+    static auto* known = [] {
+      // Not while another thread holds the lock: that thread is not in the child.
+      pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
+                     [] { get().mutex_.unlock(); });
+      return new KnownStorages;
+    }();
     return *known;
   }
 
