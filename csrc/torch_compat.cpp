@@ -457,6 +457,20 @@ bool is_plain(const at::Tensor& tensor) {
          !impl->key_set().has_any(watched) && !impl->has_symbolic_sizes_strides();
 }
 
+UnseenByModes::UnseenByModes(const at::Tensor& tensor) {
+  if (tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+      c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    modes_ = c10::impl::TorchDispatchModeTLS::get_state();
+    c10::impl::TorchDispatchModeTLS::set_state({});
+  }
+}
+
+UnseenByModes::~UnseenByModes() {
+  if (modes_.has_value()) {
+    c10::impl::TorchDispatchModeTLS::set_state(*std::move(modes_));
+  }
+}
+
 bool shows_a_leaf(const at::Tensor& tensor) {
   const auto* meta = ag::impl::get_autograd_meta(tensor);
   if (meta == nullptr) {

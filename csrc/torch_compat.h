@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/SafePyObject.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/python_stub.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
@@ -231,6 +232,19 @@ at::Tensor values_of(const at::Tensor& tensor);
 
 // A dense tensor with a storage and without behaviour of its own.
 bool is_plain(const at::Tensor& tensor);
+
+// For looking at a tensor subclass: what its methods dispatch is no part of the user's program, and
+// TorchDispatch modes must not see it.
+class UnseenByModes {
+ public:
+  explicit UnseenByModes(const at::Tensor& tensor);
+  ~UnseenByModes();
+  UnseenByModes(const UnseenByModes&) = delete;
+  UnseenByModes& operator=(const UnseenByModes&) = delete;
+
+ private:
+  std::optional<c10::impl::TorchDispatchModeTLS> modes_;
+};
 
 // A leaf that requires grad, or a view of one: a parameter, whose memory is there anyway.
 bool shows_a_leaf(const at::Tensor& tensor);

@@ -170,8 +170,9 @@ void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
 
 void PythonProgram::settle() {
   argument_objects_.settle();
-  std::erase_if(buffers_,
-                [](const Reach::Buffer& buffer) { return !buffer.is_stand_in && buffer.holds(); });
+  for (auto& buffer : buffers_) {
+    buffer.is_stand_in = buffer.is_stand_in || !buffer.holds();
+  }
   // A name that the function itself gives another value is the program's own business.
   std::erase_if(bindings_, [](const Binding& binding) { return !binding.holds(); });
 }
@@ -238,14 +239,17 @@ class TrainingScope {
 // that somebody else has given another value since the forward have the forward's again, for
 // a scope.
 //
-// Buffers that fn itself gives another tensor (self.mean = self.mean * 0.9 + ...) have the one
-// that the forward began with, and are put back even if nobody changed them since.
+// The same goes for buffers: torch.func.functional_call puts others in their place. Those that fn
+// itself gives another tensor (self.mean = self.mean * 0.9 + ...) have the one that the forward
+// began with, and are put back even if nobody changed them since.
 class BindingsScope {
  public:
   BindingsScope(const std::vector<Reach::Buffer>& buffers, const std::vector<Binding>& names) {
     for (const auto& buffer : buffers) {
-      outer_.push_back(buffer.as_it_is());
-      buffer.restore();
+      if (buffer.is_stand_in || !buffer.holds()) {
+        outer_.push_back(buffer.as_it_is());
+        buffer.restore();
+      }
     }
     for (const auto& binding : names) {
       if (!binding.holds()) {
@@ -302,7 +306,9 @@ std::optional<Lease> PythonProgram::take_objects() const {
   const bool others_hold = Lease::held_by_others(Lease::Kind::kObject);
   TrainingScope::add_to(keys, modules_, others_hold);
   for (const auto& buffer : buffers_) {
-    keys.push_back(buffer.scope.get());
+    if (others_hold || buffer.is_stand_in || !buffer.holds()) {
+      keys.push_back(buffer.scope.get());
+    }
   }
   for (const auto& binding : bindings_) {
     if (others_hold || !binding.holds()) {

@@ -61,8 +61,7 @@ class PythonProgram final : public Program {
   Ref replay_context_;
   Ref debug_session_;
   std::vector<Reach::Module> modules_;
-  // After the forward: those that are others now, and stand-ins.
-  std::vector<Reach::Buffer> buffers_;
+  std::vector<Reach::Buffer> buffers_;  // after the forward: stand-ins are also those it replaced
   std::vector<Binding> bindings_;  // after the forward: those that it left alone
   ArgumentObjects argument_objects_;
   Ref context_variables_;  // a contextvars.Context, never entered itself

@@ -51,8 +51,8 @@ struct Reach {
   };
   // Of a module's dict of buffers, of parameters, or of its attributes: a tensor or None.
   struct Buffer : Binding {
-    // Holds in every replay: a plain tensor among parameters (torch.func.functional_call), or
-    // that an embedding has no max_norm.
+    // Put there and taken away again in every replay, whatever is there: a plain tensor among
+    // parameters (torch.func.functional_call), or that an embedding has no max_norm.
     bool is_stand_in;
   };
   std::vector<at::Generator> generators;

@@ -106,14 +106,19 @@ void ReachedState::note(const std::vector<Reached>& reached) {
     if (!tensor.defined() || tensor.is_inference()) {
       continue;
     }
-    Noted& noted =
-        noted_.emplace_back(Noted{tensor.unsafeGetTensorImpl(),
-                                  torch::autograd::impl::version_counter(tensor), 0, 0, checked});
+    Noted& noted = noted_.emplace_back(Noted{WeakTensor(tensor.getIntrusivePtr()),
+                                             torch::autograd::impl::version_counter(tensor), 0, 0,
+                                             checked, tensor.requires_grad()});
     noted.saved_version = noted.version.current_version();
     noted.begin_version = noted.saved_version;
     noted.is_scaled = role == Reached::Role::kScaled;
-    if (role == Reached::Role::kFixed || noted.is_scaled || !compat::is_plain(tensor) ||
-        tensor.device().type() == c10::kMeta) {
+    // On the meta device, or a FakeTensor, there are no values.
+    if (role != Reached::Role::kFixed && tensor.has_storage() &&
+        tensor.storage().device_type() == c10::kMeta) {
+      noted.checked = false;
+      continue;
+    }
+    if (role == Reached::Role::kFixed || noted.is_scaled || !compat::is_plain(tensor)) {
       continue;
     }
     const c10::Storage& storage = tensor.storage();
@@ -180,13 +185,14 @@ ReachedState::Problem ReachedState::first_problem(size_t* from) const {
     const Noted& noted = noted_[(*from)++];
     if (noted.storage >= 0 && storages_[static_cast<size_t>(noted.storage)].changed) {
       if (storages_[static_cast<size_t>(noted.storage)].lost) {
-        return {noted.tensor, true, false, 0, 0};
+        return {noted.tensor._unsafe_get_target(), true, false, 0, 0};
       }
       continue;  // whatever happens to it later, a replay has what it needs
     }
     const auto now = noted.version.current_version();
     if (noted.checked && now != noted.saved_version) {
-      return {noted.tensor, false, noted.changed_by_fn, noted.saved_version, now};
+      return {noted.tensor._unsafe_get_target(), false, noted.changed_by_fn, noted.saved_version,
+              now};
     }
   }
   return {};
@@ -219,7 +225,13 @@ void exchange(c10::StorageImpl& storage, const c10::Storage& other) {
 }  // namespace
 
 StateScope::StateScope(const ReachedState& state) {
-  if (state.settled_ && !state.changes_) {
+  for (const auto& noted : state.noted_) {
+    const at::Tensor tensor(noted.tensor.lock());
+    if (tensor.defined() && tensor.requires_grad() != noted.requires_grad && tensor.is_leaf()) {
+      flipped_.push_back(tensor);
+    }
+  }
+  if (state.settled_ && !state.changes_ && flipped_.empty()) {
     return;
   }
   const auto is_changed = [&state](const ReachedState::Kept& kept) {
@@ -231,13 +243,17 @@ StateScope::StateScope(const ReachedState& state) {
       keys.push_back(kept.storage._unsafe_get_target());
     }
   }
+  const size_t kept = keys.size();
+  for (const auto& tensor : flipped_) {
+    keys.push_back(tensor.unsafeGetTensorImpl());
+  }
   if (keys.empty()) {
     return;
   }
   lease_.emplace(Lease::Kind::kBuffer, keys,
                  [](size_t) { return std::string("a buffer that its function changes"); });
   // All that may throw comes before the first exchange.
-  exchanged_.reserve(keys.size());
+  exchanged_.reserve(kept);
   versions_.reserve(state.noted_.size());
   for (const auto& kept : state.storages_) {
     if (!is_changed(kept)) {
@@ -254,6 +270,7 @@ StateScope::StateScope(const ReachedState& state) {
   for (const auto& [storage, other] : exchanged_) {
     exchange(*storage, other);
   }
+  flip();
   for (const auto& noted : state.noted_) {
     if (noted.storage >= 0 && is_changed(state.storages_[static_cast<size_t>(noted.storage)])) {
       // What is saved in the replay has the version that it had in the forward: autograd
@@ -264,7 +281,14 @@ StateScope::StateScope(const ReachedState& state) {
   }
 }
 
+void StateScope::flip() {
+  for (const auto& tensor : flipped_) {
+    tensor.unsafeGetTensorImpl()->set_requires_grad(!tensor.requires_grad());
+  }
+}
+
 StateScope::~StateScope() {
+  flip();
   for (const auto& [storage, other] : exchanged_) {
     exchange(*storage, other);
   }

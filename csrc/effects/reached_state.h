@@ -6,7 +6,8 @@
 //   replay     what was changed holds, for as long as fn runs again, the values that the
 //              forward began with; after it, it holds again what it held before, and its
 //              version counter stands where it stood. So a BatchNorm's statistics are
-//              counted once, and a replay does not see later values.
+//              counted once, and a replay does not see later values. What required grad in
+//              the forward does so in the replay, and nothing else.
 //
 // Note [What fn may change]
 //
@@ -90,12 +91,14 @@ class ReachedState {
 
  private:
   friend class StateScope;
+  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   struct Noted {
-    const c10::TensorImpl* tensor;  // which one; not to be read through
-    c10::VariableVersion version;   // shared with it
-    uint32_t saved_version;         // when the forward began; after it, when it ended
+    WeakTensor tensor;
+    c10::VariableVersion version;  // shared with it
+    uint32_t saved_version;        // when the forward began; after it, when it ended
     uint32_t begin_version;
     bool checked;
+    bool requires_grad;
     bool changed_by_fn = false;
     bool is_scaled = false;
     int32_t storage = -1;  // into storages_; -1: only its version is noted
@@ -114,7 +117,8 @@ class ReachedState {
   bool changes_ = false;
 };
 
-// Gives what a forward changed the values that it began with, for a scope.
+// Gives what a forward changed the values that it began with, and leaves the requires_grad that
+// they had, for a scope.
 class StateScope {
  public:
   explicit StateScope(const ReachedState& state);
@@ -123,6 +127,7 @@ class StateScope {
   StateScope& operator=(const StateScope&) = delete;
 
  private:
+  void flip();
   // `other`: what the forward began with, then what was there before the replay.
   struct Exchanged {
     c10::intrusive_ptr<c10::StorageImpl> storage;
@@ -135,6 +140,7 @@ class StateScope {
   std::optional<Lease> lease_;  // given back last
   std::vector<Exchanged> exchanged_;
   std::vector<Version> versions_;
+  std::vector<at::Tensor> flipped_;  // leaves that require grad only then, or only now
 };
 
 }  // namespace reprise

@@ -172,6 +172,7 @@ uint32_t version_of(const at::Tensor& tensor) {
 }  // namespace
 
 at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
+  const compat::UnseenByModes unseen(tensor);
   at::Tensor values = compat::values_of(tensor);
   if (stopped_.load(std::memory_order_relaxed)) {
     return values;  // fn swallowed the stop and goes on: see Note [Early stop]

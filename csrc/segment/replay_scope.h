@@ -85,7 +85,7 @@ class ReplayScope {
           : problem.by_fn
               ? "torch_reprise: " + segment.name() + " changes " + where +
                     " in place in its forward, of which no copy is kept (as of all that requires "
-                    "grad). A replay would begin with the changed value. Change it outside of the "
+                    "grad, or is no plain dense tensor). A replay would begin with the changed value. Change it outside of the "
                     "checkpointed function; where doing it twice changes nothing (a clamp), "
                     "Checkpointer(preserve_state=False) replays with what is there."
               : "torch_reprise: " + where + " was modified by an inplace operation after " +

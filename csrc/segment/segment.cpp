@@ -59,7 +59,9 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
       entry.saved = ag::SavedVariable(input, /*is_output=*/false);
       entry.version = ag::impl::version_counter(input);
       entry.saved_version = entry.version.current_version();
-      entry.has_history = input.requires_grad() && !input.is_leaf();
+      entry.is_leaf = input.is_leaf();
+      entry.requires_grad = input.requires_grad();
+      entry.has_history = entry.requires_grad && !entry.is_leaf;
     }
     if (input.has_storage()) {
       segment->input_storages_.push_back(input.storage().unsafeGetStorageImpl());
@@ -188,6 +190,7 @@ uint64_t element_bytes(const at::Tensor& tensor, c10::IntArrayRef sizes) {
 }  // namespace
 
 uint32_t Segment::record(const at::Tensor& tensor) {
+  const compat::UnseenByModes unseen(tensor);
   Slot slot;
   // The line and sizes of other kinds may take the interpreter lock, so they come
   // before mutex_.
@@ -575,7 +578,11 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
                    ". The function cannot be called again with the value that it was given. "
                    "Change a copy instead, or change it after backward."));
     }
-    inputs.push_back(input.saved.unpack());
+    at::Tensor value = input.saved.unpack();
+    if (input.is_leaf && value.requires_grad() != input.requires_grad && value.is_leaf()) {
+      value = value.detach().set_requires_grad(input.requires_grad);
+    }
+    inputs.push_back(std::move(value));
   }
   return inputs;
 }

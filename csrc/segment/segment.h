@@ -229,7 +229,9 @@ class Segment final : public c10::intrusive_ptr_target {
     at::Tensor inference;  // defined where SavedVariable refuses
     c10::VariableVersion version = c10::VariableVersion(c10::VariableVersion::DISABLED);
     uint32_t saved_version = 0;
-    int64_t same_as = -1;         // the number of the first input that is the same tensor
+    int64_t same_as = -1;  // the number of the first input that is the same tensor
+    bool is_leaf = false;
+    bool requires_grad = false;
     bool has_history = false;     // fn must not change it in place
     bool changed_inside = false;  // it did
   };

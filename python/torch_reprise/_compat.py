@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import _C
 
@@ -129,6 +130,7 @@ def _passing_cached_casts(mode_type: Any) -> Any:
     if issubclass(mode_type, _PassesCachedCasts):
         return mode_type
     dispatch: Any = inspect.unwrap(mode_type.__torch_dispatch__)
+    is_replay = issubclass(mode_type, torch_checkpoint._CachedTorchDispatchMode)
 
     def __torch_dispatch__(
         self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -140,6 +142,8 @@ def _passing_cached_casts(mode_type: Any) -> Any:
             and (kwargs or {}).get("dtype") in (torch.bfloat16, torch.float16)
         ):
             return func(*args, **(kwargs or {}))
+        if is_replay and _places_written(func):
+            return _change_arguments_too(dispatch, self, func, args, kwargs or {})
         return dispatch(self, func, types, args, kwargs)
 
     skip_frames_of(__torch_dispatch__, with_callees=True)
@@ -152,13 +156,52 @@ def _passing_cached_casts(mode_type: Any) -> Any:
 
 @functools.cache
 def _draws(operator: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+    """Does it draw random numbers? Of custom operators nobody knows: the tag is often forgotten."""
+    tagged = torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+    return tagged or getattr(operator, "namespace", "") not in ("aten", "prim", "prims")
+
+
+@functools.cache
+def _places_written(operator: Any) -> tuple[tuple[int, str], ...]:
+    """The arguments that an operator changes: their places and names."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _change_arguments_too(dispatch: Any, mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator that changes its arguments does where its output comes from the cache.
+
+    torch gives the output and leaves the arguments as they are, though fn may go on with them. They
+    get what the cache has; where that is the same memory, a buffer of which the replay has made
+    again what the forward began with, the operator runs.
+    """
+    written = []
+    for place, name in _places_written(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        written += [v for v in tree_leaves(value) if isinstance(v, torch.Tensor)]
+    before = [tensor._version for tensor in written]
+    result = dispatch(mode, func, (), args, kwargs)
+    if any(tensor._version != version for tensor, version in zip(written, before, strict=True)):
+        return result  # it ran
+    cached = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+    memory = {tensor.untyped_storage()._cdata for tensor in cached}
+    if any(tensor.untyped_storage()._cdata in memory for tensor in written):
+        return func(*args, **kwargs)
+    if len(written) == len(cached) == 1 and written[0].shape == cached[0].shape:
+        return written[0].copy_(cached[0])
+    return result
 
 
 def support_selective(
     context: object, replay: object, respect: bool | None, preserve_rng_state: bool
 ) -> None:
-    """Makes the contexts of selective checkpointing do four more things.
+    """Makes the contexts of selective checkpointing do five more things.
 
     Saved outputs go through the user's saved-tensor hooks, if ``respect``; torch
     2.14 has this in its own mode object, as an attribute, 2.13 does not.
@@ -169,7 +212,7 @@ def support_selective(
 
     What a replay took from the cache stays there for as long as backward may come again (torch
     raises at the second backward), and casts that autocast caches pass
-    (:class:`_PassesCachedCasts`).
+    (:class:`_PassesCachedCasts`). Operators that change an argument do so in the replay as well.
 
     torch 2.13 and 2.14 call the mode's ``policy_fn`` right
     after the operator ran and right before its output is put into ``storage``, a

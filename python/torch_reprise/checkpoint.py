@@ -240,7 +240,6 @@ def _run(
             kwargs,
             None if _is_noop(context_fn) else context_fn,
             determinism_check="none" if determinism_check == "none" else "default",
-            debug=debug,
             early_stop=early_stop,
             preserve_rng_state=preserve_rng_state,
             respect_saved_tensors_hooks=respect_saved_tensors_hooks,
