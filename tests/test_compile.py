@@ -310,3 +310,22 @@ def test_inductor_makes_the_same_program_of_ours_and_of_torchs() -> None:
         compiled = torch.compile(entries(model)[entry], fullgraph=True)
         found.append(model.gradients(lambda x, compiled=compiled: compiled(x).backward()))  # type: ignore[misc]
     assert equal(*found)
+
+
+def test_random_numbers_in_a_graph_that_nobody_compiles() -> None:
+    """Dynamo's graph asks for no random state, and "eager" runs it as it is."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh())
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        result: Tensor = torch_checkpoint.checkpoint(module, x, use_reentrant=False)
+        return result
+
+    def outcome(fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(3)
+        (gradient,) = torch.autograd.grad(fn(x).sum(), x)
+        return [gradient, torch.get_rng_state()]
+
+    with torch_reprise.installed():
+        found = outcome(torch.compile(step, backend="eager"))
+    assert all(map(torch.equal, found, outcome(module)))

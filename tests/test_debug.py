@@ -198,3 +198,24 @@ def test_anomaly_mode_and_an_error_in_the_replay() -> None:
         out = checkpoint(Changing(lambda t: t.sin().exp(), broken), x, use_reentrant=False)
         with pytest.warns(UserWarning, match="Error detected in ExpBackward0"):
             assert "the second time" in message_of(KeyError, lambda: out.sum().backward())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_the_log_has_nested_tensors() -> None:
+    """They have no shape; an error inside of the log would end the process."""
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], requires_grad=True)
+    y = checkpoint(lambda x: x * x, x, use_reentrant=False, debug=True)
+    assert all(map(torch.equal, y.unbind(), (x * x).unbind()))
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+def test_debug_is_off_under_a_tracer() -> None:
+    def fn(x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(lambda x: x.sin().exp(), x, use_reentrant=False, debug=True)
+        return result
+
+    x = torch.arange(3.0)
+    out, slope = torch.func.linearize(fn, x)
+    assert torch.equal(out, x.sin().exp())
+    assert torch.equal(slope(torch.ones(3)), x.sin().exp() * x.cos())

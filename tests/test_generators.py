@@ -289,10 +289,25 @@ NO_STOP: dict[str, Any] = {"early_stop": False}
 
 
 def test_an_early_stop_may_stand_before_but_not_beyond() -> None:
+    def draws_at_the_end(x: Tensor) -> Tensor:
+        y = x.sin().exp()
+        torch.rand(7)
+        return y
+
     x = torch.ones(4, requires_grad=True)
-    Checkpointer()(Draws(7, 3), x).sum().backward()
+    Checkpointer()(draws_at_the_end, x).sum().backward()
     with pytest.raises(CheckpointError, match="7 numbers in the forward and 9 in the replay"):
         Checkpointer()(Draws(7, 9), x).sum().backward()
+
+
+def test_an_early_stop_passes_saved_tensors_where_the_forward_did() -> None:
+    x = torch.ones(4, requires_grad=True)
+    y = Checkpointer()(Draws(7, 3), x)
+    state = torch.get_rng_state()
+    message = r"draws other random numbers.*\n.*position 0 was saved, at .*test_generators.py:\d+"
+    with pytest.raises(CheckpointError, match=message):
+        y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_many_blocks_of_numbers_are_counted() -> None:

@@ -487,3 +487,34 @@ def test_without_the_check_generators_of_others_are_left_alone() -> None:
     y = torch_reprise.Checkpointer(check_rng=False)(fn, leaf(3))
     y.sum().backward()
     assert not torch.equal(torch.rand(3), drawn[0]), "no number comes twice"
+
+
+class MadeInTheFirstCall(nn.Module):
+    """Draws before its dropout, but once."""
+
+    scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = torch.rand(4)
+        return dropout(x * self.scale, 0.5).tanh()
+
+
+@both_forms
+@pytest.mark.parametrize("make", [MadeInTheFirstCall, lambda: nn.LazyLinear(4)])
+def test_numbers_that_only_the_forward_draws_are_seen_although_the_replay_stops_early(
+    make: Callable[[], nn.Module], use_reentrant: bool
+) -> None:
+    module = nn.Sequential(make(), nn.Dropout(0.5), nn.Tanh())
+    x = leaf(3, 4)
+    y = torch_reprise.checkpoint(module, x, use_reentrant=use_reentrant)
+    before = torch.get_rng_state()
+    with pytest.raises(torch_reprise.CheckpointError, match="draws other random numbers"):
+        y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_exact(lambda run: [run(module, x), grads([x])], use_reentrant=use_reentrant, replays=0)
+
+
+def test_that_check_is_off_with_the_others() -> None:
+    module = nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5), nn.Tanh())
+    torch_reprise.Checkpointer(check_rng=False)(module, leaf(3, 4)).sum().backward()

@@ -274,3 +274,110 @@ def test_the_ledger_counts_it_as_any_segment() -> None:
     assert row.name == "Net" and row.replays == 1 and row.generators == ("cpu",)
     del out
     assert ledger.live_segments() == 0
+
+
+# --- operators that change what they are given, and those that draw without saying so
+
+
+class Following(nn.Module):
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(x.detach(), alpha=0.1)
+        return (x * self.mean).sin()
+
+
+@pytest.mark.parametrize("saved", [["mul_"], ["add_"], ["mul_", "add_"]])
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_buffer_that_a_saved_operator_changes(saved: list[str], allow: bool) -> None:
+    operators = [getattr(torch.ops.aten, name).Tensor for name in saved]
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, operators, allow_cache_entry_mutation=allow
+    )
+
+    def program(run: Run) -> Any:
+        module, x = Following(), leaf(4)
+        for _ in range(2):
+            run(module, x).sum().backward()
+        return x.grad, module.mean
+
+    assert_exact(program, context_fn=contexts)
+
+
+def test_what_a_saved_operator_changes_is_changed_in_the_replay_too() -> None:
+    def fn(x: Tensor) -> Tensor:
+        h = x * 2
+        h.sin_()  # what it returns is passed over
+        return (h * h).tanh() * h
+
+    def program(run: Run) -> Any:
+        x = leaf(4)
+        run(fn, x).sum().backward()
+        return x.grad
+
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts,
+        [torch.ops.aten.sin_.default],
+        allow_cache_entry_mutation=True,
+    )
+    assert_exact(program, context_fn=contexts)
+
+
+def test_operators_that_change_something_and_are_not_saved_run_once() -> None:
+    def fn(x: Tensor) -> Tensor:
+        h = x.sin()
+        return (h * torch.empty_like(h).bernoulli_(0.5)).mul_(0.5).add_(1).exp()
+
+    def program(run: Run) -> Any:
+        x = leaf(16)
+        run(fn, x).sum().backward()
+        return x.grad
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default])
+    assert_exact(program, context_fn=contexts)
+
+
+@torch.library.custom_op("reprise_tests::noisy", mutates_args=())
+def noisy(x: Tensor) -> Tensor:
+    return x * torch.rand_like(x)
+
+
+noisy.register_autograd(
+    lambda ctx, gradient: gradient * ctx.saved_tensors[0],
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output / inputs[0]),
+)
+
+
+def test_a_saved_custom_operator_that_does_not_say_that_it_draws() -> None:
+    def program(run: Run) -> Any:
+        x = torch.rand(3, 4).requires_grad_()
+        run(lambda x: (noisy(x.exp()) * torch.rand(3, 4)).sin().exp(), x).sum().backward()
+        return x.grad
+
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, [torch.ops.reprise_tests.noisy.default]
+    )
+    assert_exact(program, context_fn=contexts)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_looking_at_a_jagged_tensor_is_not_an_operator_of_the_program() -> None:
+    aten = torch.ops.aten
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts,
+        [aten.mm.default, aten.addmm.default, aten.sin.default],
+    )
+
+    def program(run: Run) -> Any:
+        x = torch.nested.nested_tensor(
+            [torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged, requires_grad=True
+        )
+        linear = nn.Linear(4, 4)
+        run(lambda x: linear(x).sin() * x, x).values().sum().backward()
+        return grads(linear)
+
+    assert_exact(program, context_fn=contexts, early_stop=False)

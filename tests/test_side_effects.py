@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from helpers import (
     message_of,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_reprise
 from torch_reprise import Checkpointer, CheckpointError, checkpoint, is_recomputing
@@ -840,3 +842,144 @@ def test_an_argument_that_is_given_twice_is_one_object() -> None:
     fn(again, again).sum().backward()
     assert x.grad is not None and again.grad is not None
     assert torch.equal(x.grad, again.grad)
+
+
+# --- what is changed between forward and backward
+
+
+def frozen_for_the_forward(run: Run) -> list[Any]:
+    """The step of a generator: its critic does not learn from it."""
+    maker = nn.Linear(4, 4)
+    critic = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    critic.requires_grad_(False)
+    loss = run(critic, maker(torch.randn(4, 4))).square().mean()
+    critic.requires_grad_(True)
+    loss.backward()
+    assert all(p.requires_grad and p.grad is None for p in critic.parameters())
+    return grads(maker)
+
+
+def frozen_after_the_forward(run: Run) -> list[Any]:
+    maker = nn.Linear(4, 4)
+    critic = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    loss = run(critic, maker(torch.randn(4, 4))).square().mean()
+    critic.requires_grad_(False)
+    loss.backward()
+    assert not any(p.requires_grad for p in critic.parameters())
+    return [*grads(maker), *grads(critic)]
+
+
+def argument_that_requires_grad_later(run: Run) -> list[Any]:
+    x, z = leaf(4), torch.randn(4)
+    y = run(lambda x, z: (x * z).sin() * z.exp(), x, z)
+    z.requires_grad_()
+    y.sum().backward()
+    assert z.requires_grad and z.grad is None
+    return [x.grad]
+
+
+class Scaled(nn.Module):
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((4,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).sin()
+
+
+def buffer_that_is_assigned(run: Run) -> list[Any]:
+    module, x = Scaled(), leaf(3, 4)
+    y = run(module, x)
+    module.scale = module.scale * 3
+    y.sum().backward()
+    return [x.grad, module.scale]
+
+
+def buffers_of_functional_call(make: Callable[[], nn.Module], run: Run) -> list[Any]:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = run(self.inner, x)
+            return out.tanh()
+
+    net, x = Net(), leaf(3, 4)
+    given = {name: torch.full_like(buffer, 3) for name, buffer in net.named_buffers()}
+    torch.func.functional_call(net, given, (x,)).sum().backward()
+    return [x.grad, *net.buffers(), *given.values()]
+
+
+BETWEEN: dict[str, Callable[[Run], list[Any]]] = {
+    "frozen for the forward": frozen_for_the_forward,
+    "frozen after the forward": frozen_after_the_forward,
+    "an argument requires grad later": argument_that_requires_grad_later,
+    "a buffer is assigned": buffer_that_is_assigned,
+    "functional_call with a buffer": functools.partial(buffers_of_functional_call, Scaled),
+    "functional_call with statistics": functools.partial(
+        buffers_of_functional_call, lambda: nn.BatchNorm1d(4)
+    ),
+    "functional_call with statistics, in evaluation": functools.partial(
+        buffers_of_functional_call, lambda: nn.BatchNorm1d(4).eval()
+    ),
+}
+
+
+@both_forms
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_is_changed_between_forward_and_backward(name: str, use_reentrant: bool) -> None:
+    assert_exact(BETWEEN[name], use_reentrant=use_reentrant)
+
+
+# --- modules of TorchScript, and without values
+
+
+@both_forms
+@pytest.mark.parametrize("how", ["scripted", "traced", "in another module"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning")
+def test_buffers_of_torchscript_modules(how: str, use_reentrant: bool) -> None:
+    def program(run: Run) -> list[Any]:
+        module: Any = nn.BatchNorm1d(4)
+        module = (
+            torch.jit.trace(module, torch.randn(3, 4))
+            if how == "traced"
+            else torch.jit.script(module)
+        )
+        if how == "in another module":
+            module = nn.Sequential(nn.Tanh(), module)
+        x = leaf(3, 4)
+        for _ in range(2):
+            run(module, x).sin().sum().backward()
+        return [x.grad, *module.buffers()]
+
+    assert_exact(program, use_reentrant=use_reentrant)
+
+
+@both_forms
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_the_mode_of_torchscript_modules(use_reentrant: bool) -> None:
+    def program(run: Run) -> list[Any]:
+        module: Any = torch.jit.script(nn.InstanceNorm1d(4, track_running_stats=True))
+        x = leaf(3, 4, 5)
+        y = run(module, x)
+        module.eval()
+        y.square().sum().backward()
+        assert not module.training
+        return [x.grad]
+
+    assert_exact(program, use_reentrant=use_reentrant)
+
+
+@both_forms
+@pytest.mark.parametrize("fake", [False, True])
+def test_buffers_without_values(fake: bool, use_reentrant: bool) -> None:
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        device = "cpu" if fake else "meta"
+        module = nn.BatchNorm1d(4, device=device)
+        x = torch.randn(3, 4, device=device, requires_grad=True)
+        checkpoint(module, x, use_reentrant=use_reentrant).sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape

@@ -146,3 +146,13 @@ def test_what_was_saved_is_freed_when_the_graph_is_not_retained() -> None:
     assert saved and ledger.live_segments() == 0
     kept = [e for entries in saved[0].values() for e in entries.values() if hasattr(e, "get_val")]
     assert kept == []
+
+
+@both_forms
+def test_batched_gradients_of_a_segment_that_draws(use_reentrant: bool) -> None:
+    def program(run: Run) -> Any:
+        x = leaf(5)
+        y = run(lambda x: torch.nn.functional.dropout(x.sin(), 0.5).exp(), x)
+        return torch.autograd.grad(y, x, torch.eye(5), is_grads_batched=True)
+
+    assert_exact(program, use_reentrant=use_reentrant)

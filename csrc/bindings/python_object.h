@@ -49,15 +49,21 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Drops the error that is set, if there is one. Ctrl-C is not lost: it comes again.
+inline void drop_error() {
+  if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) != 0) {
+    PyErr_SetInterrupt();
+  }
+  PyErr_Clear();
+}
+
 // Sets an error aside for a scope in which Python code may run, and drops
-// one that is left over from it. Ctrl-C is not lost: it comes again.
+// one that is left over from it.
 class ErrorSetAside {
  public:
   ErrorSetAside() { PyErr_Fetch(&type_, &value_, &traceback_); }
   ~ErrorSetAside() {
-    if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) != 0) {
-      PyErr_SetInterrupt();
-    }
+    drop_error();
     PyErr_Restore(type_, value_, traceback_);
   }
   ErrorSetAside(const ErrorSetAside&) = delete;

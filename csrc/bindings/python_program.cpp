@@ -183,19 +183,19 @@ namespace {
 class TrainingScope {
  public:
   explicit TrainingScope(const std::vector<Reach::Module>& modules) {
-    visit_modes(modules, [this](PyObject* dict, PyObject* now, bool training) {
+    visit_modes(modules, [this](PyObject* owner, PyObject* now, bool training) {
       if ((now != Py_False) != training) {
-        flipped_.push_back({Ref::borrow(dict), Ref::borrow(now)});
-        PyDict_SetItem(dict, name(), training ? Py_True : Py_False);
+        flipped_.push_back({Ref::borrow(owner), Ref::borrow(now)});
+        set(owner, training ? Py_True : Py_False);
       }
     });
   }
-  // Appends what a scope changes: the address of each dict. `all`: another replay may have
+  // Appends what a scope changes: the address of each owner. `all`: another replay may have
   // changed a mode for a while, so that what is there now does not tell.
   static void add_to(Lease::Keys& keys, const std::vector<Reach::Module>& modules, bool all) {
-    visit_modes(modules, [&](PyObject* dict, PyObject* now, bool training) {
+    visit_modes(modules, [&](PyObject* owner, PyObject* now, bool training) {
       if (all || (now != Py_False) != training) {
-        keys.push_back(dict);
+        keys.push_back(owner);
       }
     });
   }
@@ -204,8 +204,8 @@ class TrainingScope {
       return;
     }
     const ErrorSetAside outer_error;
-    for (const auto& [dict, was] : flipped_) {
-      PyDict_SetItem(dict.get(), name(), was.get());
+    for (const auto& [owner, was] : flipped_) {
+      set(owner.get(), was.get());
     }
   }
   TrainingScope(const TrainingScope&) = delete;
@@ -216,7 +216,14 @@ class TrainingScope {
     static PyObject* const name = PyUnicode_InternFromString("training");
     return name;
   }
-  // The dicts, with what is there and what was.
+  static void set(PyObject* owner, PyObject* mode) {
+    const bool is_set = PyDict_Check(owner) ? PyDict_SetItem(owner, name(), mode) == 0
+                                            : PyObject_SetAttr(owner, name(), mode) == 0;
+    if (!is_set) {
+      PyErr_Clear();
+    }
+  }
+  // Whose modes they are, a module's dict or a TorchScript module, with what is there and what was.
   template <typename Visit>
   static void visit_modes(const std::vector<Reach::Module>& modules, const Visit& visit) {
     for (const auto& [module, training] : modules) {
@@ -224,10 +231,14 @@ class TrainingScope {
       PyObject* now = dict != nullptr && *dict != nullptr ? PyDict_GetItem(*dict, name()) : nullptr;
       if (now != nullptr) {
         visit(*dict, now, training);
+      } else if (const Ref mode = Ref::steal(PyObject_GetAttr(module.get(), name()))) {
+        visit(module.get(), mode.get(), training);
+      } else {
+        PyErr_Clear();
       }
     }
   }
-  std::vector<std::pair<Ref, Ref>> flipped_;  // dict, and what it held
+  std::vector<std::pair<Ref, Ref>> flipped_;  // owner, and what it held
 };
 
 // Note [Late binding]

@@ -62,7 +62,7 @@ class PythonProgram final : public Program {
   Ref debug_session_;
   std::vector<Reach::Module> modules_;
   std::vector<Reach::Buffer> buffers_;  // after the forward: stand-ins are also those it replaced
-  std::vector<Binding> bindings_;  // after the forward: those that it left alone
+  std::vector<Binding> bindings_;       // after the forward: those that it left alone
   ArgumentObjects argument_objects_;
   Ref context_variables_;  // a contextvars.Context, never entered itself
 };

@@ -30,7 +30,13 @@ PyTypeObject* module_type() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
-enum class Kind : uint8_t { kOther, kGenerator, kTensor, kModule };
+PyTypeObject* script_module_type() {
+  static PyObject* type = attribute_of_module("torch.jit", "ScriptModule").release();
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+// kScript: TorchScript's modules keep their attributes where no dict shows them.
+enum class Kind : uint8_t { kOther, kGenerator, kTensor, kModule, kScript };
 
 // Looking through the bases of every attribute's type would be most of the cost of a
 // search, so what was found is kept by type and version, which CPython changes with the
@@ -49,7 +55,10 @@ Kind kind_of(PyTypeObject* type) noexcept {
     if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) {
       return Kind::kTensor;
     }
-    return PyType_IsSubtype(type, module_type()) != 0 ? Kind::kModule : Kind::kOther;
+    if (PyType_IsSubtype(type, module_type()) == 0) {
+      return Kind::kOther;
+    }
+    return PyType_IsSubtype(type, script_module_type()) != 0 ? Kind::kScript : Kind::kModule;
   };
   const unsigned int version = type->tp_version_tag;
   if (version == 0) {
@@ -269,6 +278,66 @@ class Search {
       case Kind::kModule:
         module(object, certain && has_forward_of_its_own(object));
         return;
+      case Kind::kScript:
+        if (memo_ != nullptr) {
+          memo_->leave({object, name, certain});
+        } else {
+          script_module(object, certain);
+        }
+        return;
+    }
+  }
+
+  // By torch's Python interface; what cannot be read counts as absent.
+  void script_module(PyObject* object, bool certain) {
+    if (!is_new(object)) {
+      return;
+    }
+    const Names& names = Names::get();
+    visit(PyObject_CallMethod(object, "modules", nullptr), [&](PyObject* module) {
+      const Ref mode = or_nothing(PyObject_GetAttr(module, names.training));
+      const bool training = mode && mode.get() != Py_False;
+      if (mode) {
+        reach_.modules.push_back({Ref::borrow(module), training});
+      }
+      for (PyObject* group : {names.parameters, names.buffers}) {
+        const Ref tensors = or_nothing(PyObject_GetAttr(module, group));
+        if (!tensors) {
+          continue;
+        }
+        visit(PyObject_CallMethod(tensors.get(), "items", nullptr), [&](PyObject* item) {
+          PyObject *name = nullptr, *entry = nullptr;
+          if (PyTuple_Check(item) && PyArg_ParseTuple(item, "OO", &name, &entry) != 0 &&
+              kind_of(entry) == Kind::kTensor) {
+            reach_.kept.push_back(Ref::borrow(entry));
+            Py_INCREF(name);
+            PyUnicode_InternInPlace(&name);
+            tensor(entry, name, module, training, certain, group == names.buffers);
+            Py_DECREF(name);
+          }
+        });
+      }
+    });
+  }
+
+  static Ref or_nothing(PyObject* found) {
+    if (found == nullptr) {
+      drop_error();
+    }
+    return Ref::steal(found);
+  }
+
+  // Of what an iterable has; takes it over. Null: nothing.
+  template <typename Visit>
+  static void visit(PyObject* iterable, const Visit& each) {
+    const Ref owned = or_nothing(iterable);
+    const Ref iterator = owned ? or_nothing(PyObject_GetIter(owned.get())) : Ref();
+    while (iterator) {
+      const Ref item = or_nothing(PyIter_Next(iterator.get()));
+      if (!item) {
+        break;
+      }
+      each(item.get());
     }
   }
 
@@ -418,8 +487,13 @@ class Search {
   }
 
   void object_with_attributes(PyObject* object, bool certain) {
-    if (kind_of(object) == Kind::kModule) {
+    const Kind kind = kind_of(object);
+    if (kind == Kind::kModule) {
       module(object, certain);
+      return;
+    }
+    if (kind == Kind::kScript) {
+      item(object, nullptr, certain);
       return;
     }
     const Ref dict = dict_of(object);

@@ -58,7 +58,8 @@ struct Reach {
   std::vector<at::Generator> generators;
   std::vector<Module> modules;
   std::vector<Buffer> buffers;
-  std::vector<Reached> tensors;  // valid while the interpreter lock is held
+  std::vector<Reached> tensors;  // valid while the interpreter lock is held, and `kept` is
+  std::vector<Ref> kept;         // objects that nobody else need have
 };
 
 // The generator in a torch.Generator, or null for any other object. Borrowed.

@@ -617,6 +617,46 @@ GeneratorState GeneratorState::from_tensor(const at::Generator& generator,
   return state;
 }
 
+namespace {
+
+constexpr DrawClock clock_of_offset(uint64_t offset) { return static_cast<DrawClock>(offset / 4); }
+
+}  // namespace
+
+DrawClock draw_clock(c10::Device device) {
+  if (device.is_cpu()) {
+    auto* impl = at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl();
+    if (!is_cpu_generator(*impl)) {
+      return 0;
+    }
+    // Without its mutex: two words, of which others may change one while they are read.
+    const auto& engine = compat::mt19937_data(static_cast<at::CPUGeneratorImpl&>(*impl));
+    return static_cast<DrawClock>(
+        GeneratorState::Mt19937::position(__atomic_load_n(&engine.left_, __ATOMIC_RELAXED),
+                                          __atomic_load_n(&engine.next_, __ATOMIC_RELAXED)));
+  }
+  if (device.is_cuda()) {
+    const auto& hooks = at::globalContext().getAcceleratorHooksInterface(device.type());
+    HeldGenerator held(hooks.getDefaultGenerator(device.index()));
+    const auto fields = compat::philox_fields(held.impl());
+    return fields.has_value() ? clock_of_offset(fields->offset) : 0;
+  }
+  return 0;
+}
+
+std::optional<DrawClock> GeneratorState::clock() const {
+  switch (kind_) {
+    case Kind::kMt19937:
+      return static_cast<DrawClock>(Mt19937::position(left_, next_));
+    case Kind::kPhilox:
+      return philox_.capture == kNoCapture ? std::optional(clock_of_offset(philox_.offset))
+                                           : std::nullopt;
+    case Kind::kOpaque:
+      break;
+  }
+  return std::nullopt;
+}
+
 size_t GeneratorState::nbytes() const {
   switch (kind_) {
     case Kind::kMt19937:

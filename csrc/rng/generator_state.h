@@ -68,6 +68,20 @@ class HeldGenerator {
 // Are what two generators draw from one sequence, as graphsafe_set_state() makes it?
 bool share_state(const at::Generator& a, const at::Generator& b);
 
+// Note [Clock]
+//
+//   def forward(self, x):
+//       if not self.made:                   # a lazy module, in its first call
+//           self.scale, self.made = torch.rand(4), True
+//       return dropout(x * self.scale)      # the replay draws other numbers here
+//
+// A replay that is stopped early does not get to where the forward left a generator. But it
+// must pass each saved tensor at the same point of the sequence: a number that draws change,
+// compared there. Of the default generator of the tensor's device, if that is the CPU or a CUDA
+// device; 0 for others.
+using DrawClock = uint16_t;
+DrawClock draw_clock(c10::Device device);
+
 class GeneratorState {
  public:
   using Kind = GeneratorKind;
@@ -167,6 +181,8 @@ class GeneratorState {
   static GeneratorState from_tensor(const at::Generator& generator, const at::Tensor& tensor);
 
   Kind kind() const { return kind_; }
+  // Of a default generator that stands here; nothing where clocks do not tell.
+  std::optional<DrawClock> clock() const;
   // Bytes this state keeps alive; the same address() means the same bytes.
   size_t nbytes() const;
   const void* address() const;
@@ -178,6 +194,7 @@ class GeneratorState {
 
  private:
   friend class GeneratorMark;
+  friend DrawClock draw_clock(c10::Device device);
   struct Mt19937;  // what concerns that kind alone
 
   // What is left of pairs of normal samples.

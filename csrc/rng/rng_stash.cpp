@@ -1,5 +1,6 @@
 #include "rng/rng_stash.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <c10/util/Exception.h>
 
@@ -153,6 +154,27 @@ std::vector<std::string> RngStash::add_newcomers(const RngSnapshot& begin) {
     own_ = std::move(own);
   }
   return unknown;
+}
+
+bool RngStash::any_moved() const {
+  // Those that did not are shared, but for an engine that was put back.
+  return own_ && std::any_of(own_->begin(), own_->end(), [](const Entry& e) { return e.moved; });
+}
+
+std::optional<DrawClock> RngStash::clock_of(c10::Device device) const {
+  if (!device.is_cpu() && !device.is_cuda()) {
+    return std::nullopt;
+  }
+  const auto& generator = device.is_cpu() ? at::detail::getDefaultCPUGenerator()
+                                          : at::globalContext()
+                                                .getAcceleratorHooksInterface(device.type())
+                                                .getDefaultGenerator(device.index());
+  for (size_t i = 0; i < size(); ++i) {
+    if (const View entry = (*this)[i]; entry.moved && entry.generator == generator) {
+      return entry.state.clock();
+    }
+  }
+  return std::nullopt;
 }
 
 GeneratorList RngStash::generators() const {

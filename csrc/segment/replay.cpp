@@ -81,11 +81,29 @@ void Replay::run(Segment& segment) {
     if (outcome != Program::Outcome::kWentOnAfterStop) {
       rng_differs = scope.check_generators(outcome == Program::Outcome::kStopped);
     }
+    if (rng_differs.empty() && drawn_otherwise_.has_value() && host().is_alone()) {
+      rng_differs = drawn_otherwise(segment);
+    }
   }
   check(segment);
   if (!rng_differs.empty()) {
     fail(segment, rng_differs);
   }
+}
+
+std::string Replay::drawn_otherwise(Segment& segment) const {
+  Slot slot;
+  {
+    std::lock_guard<std::mutex> lock(segment.mutex_);
+    slot = segment.slots_[*drawn_otherwise_];
+  }
+  return c10::str("the replay of ", segment.name(),
+                  " draws other random numbers than its forward did.\n  When position ",
+                  *drawn_otherwise_, " was saved, at ", host().describe(slot.where),
+                  ", the generator of ", slot.device,
+                  " was not where it was in the forward: something before that drew only once, or "
+                  "another number of times. A lazy module, or one that makes something in its "
+                  "first call, has to be called once before it is checkpointed.");
 }
 
 // Note [Early stop and other processes]
@@ -127,6 +145,17 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
     }
   }
   cursor_ = 0;
+  clocks_.clear();
+  drawn_otherwise_.reset();
+  const SegmentOptions& options = segment.options_;
+  if (forward_was_done_ && options.preserve_rng_state && options.check_rng &&
+      segment.stash_.any_moved()) {
+    for (const auto& device : segment.devices_) {
+      if (const auto clock = segment.stash_.clock_of(device)) {
+        clocks_.emplace_back(device, *clock);
+      }
+    }
+  }
   operator_begin_ = 0;
   operator_may_fill_ = false;
   mismatches_.clear();
@@ -183,6 +212,15 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   if (!plain) {
     found = TensorMeta::of(tensor);
   }
+  const auto drawn = [&]() -> std::optional<DrawClock> {
+    for (const auto& [device, begin] : clocks_) {
+      if (device == tensor.device()) {
+        const DrawClock now = draw_clock(device);
+        return now == begin ? std::nullopt : std::optional(now);
+      }
+    }
+    return std::nullopt;
+  }();
   const uint64_t newest_node = at::sequence_number::peek();
   bool stop = false;
   bool may_finish = false;
@@ -208,6 +246,9 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
       too_many = forward_was_done_;
     } else if (!stop) {
       const Slot& slot = segment.slots_[index];
+      if (drawn.has_value() && *drawn != slot.clock && !drawn_otherwise_.has_value()) {
+        drawn_otherwise_ = index;
+      }
       if (segment.options_.check_determinism &&
           !(plain ? slot.matches(tensor, segment.sizes_)
                   : TensorMeta::of(slot, segment.sizes_) == found)) {

@@ -128,6 +128,7 @@ class Replay final : public c10::intrusive_ptr_target {
     std::optional<std::string> module;
   };
 
+  std::string drawn_otherwise(Segment& segment) const;
   // Note [Early stop and other processes]. Called without any lock held.
   void stop_where_others_do(Segment& segment);
   // Throws if the finished run does not match the forward.
@@ -180,6 +181,11 @@ class Replay final : public c10::intrusive_ptr_target {
   // the user's keep what autograd saves in the forward.
   std::vector<std::optional<uint32_t>> versions_;
   std::vector<Mismatch> mismatches_;
+  // Note [Clock]: by device, where the generators begin that the forward moved, and the first slot
+  // at which one was neither where it was in the forward nor where it began: that may have been
+  // another thread, in the forward.
+  c10::SmallVector<std::pair<c10::Device, DrawClock>, 1> clocks_;
+  std::optional<uint32_t> drawn_otherwise_;
   ValueNotes value_notes_;
   std::string failure_;  // an error that was raised inside fn
   std::atomic<bool> stopped_{false};

@@ -5,6 +5,7 @@
 
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 #include <string>
@@ -85,7 +86,8 @@ class ReplayScope {
           : problem.by_fn
               ? "torch_reprise: " + segment.name() + " changes " + where +
                     " in place in its forward, of which no copy is kept (as of all that requires "
-                    "grad, or is no plain dense tensor). A replay would begin with the changed value. Change it outside of the "
+                    "grad, or is no plain dense tensor). A replay would begin with the changed "
+                    "value. Change it outside of the "
                     "checkpointed function; where doing it twice changes nothing (a clamp), "
                     "Checkpointer(preserve_state=False) replays with what is there."
               : "torch_reprise: " + where + " was modified by an inplace operation after " +
@@ -124,6 +126,8 @@ class ReplayScope {
   ProfilerRanges ranges_{segment_};
   ReplayMark replaying_{segment_.holder()};
   compat::NoInferenceMode no_inference_;
+  // Batched gradients (is_grads_batched) are no business of fn's, which could not draw there.
+  c10::impl::ExcludeDispatchKeyGuard no_batch_{c10::DispatchKey::VmapMode};
   compat::WantedLeaves own_calls_{nullptr};  // backward calls inside of fn ask for their own
   RngScope generators_;
   AmbientScope ambient_;

@@ -206,6 +206,9 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   slot.dim = static_cast<uint16_t>(sizes.size());
   slot.dtype = tensor.scalar_type();
   slot.device = tensor.device();
+  if (options_.preserve_rng_state && options_.check_rng) {
+    slot.clock = draw_clock(slot.device);
+  }
   const bool is_parameter = compat::shows_a_leaf(tensor);
   const bool is_input = tensor.has_storage() &&
                         std::find(input_storages_.begin(), input_storages_.end(),

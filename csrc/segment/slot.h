@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "host.h"
+#include "rng/generator_state.h"
 
 namespace reprise {
 
@@ -37,6 +38,7 @@ struct Slot {
   // Who may still ask for it: autograd, until it lets go, and compiled backwards. Guarded by
   // the segment's mutex.
   uint16_t live = 1;
+  DrawClock clock = 0;  // when it was saved
 
   // Is `tensor` what the slot was made from, as far as TensorMeta tells? For tensors
   // whose sizes are a plain list; `sizes`: of all slots.

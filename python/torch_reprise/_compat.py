@@ -174,6 +174,18 @@ def _places_written(operator: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
+def _is_cached(mode: Any, func: Any, args: Any) -> bool:
+    """Does the replay's mode take the output of its next call of an operator from the cache?
+
+    torch 2.13 to 2.15: ``storage`` by ``_sac_storage_key``, and therein by how often it was called.
+    """
+    key_of: Any = torch_checkpoint._sac_storage_key
+    key = key_of(func, args)
+    entry = mode.storage.get(key, {}).get(mode.func_counter[key])
+    computed = (None, torch_checkpoint._CONSUMED, torch_checkpoint._RECOMPUTE)
+    return all(entry is not mark for mark in computed)
+
+
 def _change_arguments_too(dispatch: Any, mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """What an operator that changes its arguments does where its output comes from the cache.
 
@@ -181,14 +193,14 @@ def _change_arguments_too(dispatch: Any, mode: Any, func: Any, args: Any, kwargs
     get what the cache has; where that is the same memory, a buffer of which the replay has made
     again what the forward began with, the operator runs.
     """
+    is_cached = _is_cached(mode, func, args)
+    result = dispatch(mode, func, (), args, kwargs)
+    if not is_cached:
+        return result
     written = []
     for place, name in _places_written(func):
         value = args[place] if place < len(args) else kwargs.get(name)
         written += [v for v in tree_leaves(value) if isinstance(v, torch.Tensor)]
-    before = [tensor._version for tensor in written]
-    result = dispatch(mode, func, (), args, kwargs)
-    if any(tensor._version != version for tensor, version in zip(written, before, strict=True)):
-        return result  # it ran
     cached = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
     memory = {tensor.untyped_storage()._cdata for tensor in cached}
     if any(tensor.untyped_storage()._cdata in memory for tensor in written):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from . import _C, _compat
 
 __all__ = [
+    "called_by_compiled_code",
     "in_graph",
     "is_dynamo_compiling",
     "under_tracer",
@@ -84,6 +86,16 @@ def under_tracer(
     if context_fn is not None:
         known["context_fn"] = context_fn
     return _original(function, *args, use_reentrant=False, **known)
+
+
+def called_by_compiled_code() -> bool:
+    """Is it Dynamo's graph, which runs as it is (backend="eager"), that calls ``checkpoint``?
+
+    The graph asks for ``preserve_rng_state=False``, since a compiler looks after random numbers
+    itself, and nobody does where there is none (torch 2.13 to 2.15).
+    """
+    caller = sys._getframe(3)  # of checkpoint, which calls _run, which asks
+    return caller.f_globals.get("__name__") == "torch._higher_order_ops.wrap"
 
 
 def _unpack(packed: Any) -> torch.Tensor:

@@ -28,7 +28,7 @@ from ._errors import (
     require_optional_bool,
 )
 from ._host_rng import with_host_rng
-from ._tracing import in_graph, is_dynamo_compiling, under_tracer
+from ._tracing import called_by_compiled_code, in_graph, is_dynamo_compiling, under_tracer
 from .debug import DebugSession, debug_enabled, debug_setting
 
 __all__ = [
@@ -224,6 +224,8 @@ def _run(
     if is_dynamo_compiling():
         return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     require_callable("function", function)
+    if preserve_rng_state is False and called_by_compiled_code() and not _C.is_traced():
+        preserve_rng_state = True
     flags = _flags(
         early_stop,
         preserve_rng_state,

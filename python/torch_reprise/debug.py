@@ -55,7 +55,7 @@ class _Operator(NamedTuple):
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
-        # Nested tensors without a layout of their own have no shape; an error in here ends the process.
+        # Strided nested tensors have no shape, and an error in here would end the process.
         nested = value.is_nested and value.layout == torch.strided
         shape = "[nested]" if nested else str(list(value.shape))
         return f"{name}{shape}" + ("" if value.device.type == "cpu" else f" on {value.device}")
