@@ -878,6 +878,21 @@ def argument_that_requires_grad_later(run: Run) -> list[Any]:
     return [x.grad]
 
 
+def function_that_freezes(run: Run) -> list[Any]:
+    """A function may change it as well: the replay begins as the forward did."""
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), leaf(3, 4)
+
+    def fn(x: Tensor) -> Tensor:
+        hidden = module[:2](x)
+        module.requires_grad_(False)
+        out: Tensor = module[2](hidden)
+        return out
+
+    run(fn, x).square().sum().backward()
+    assert not any(p.requires_grad for p in module.parameters())
+    return [x.grad]
+
+
 class Scaled(nn.Module):
     scale: Tensor
 
@@ -917,6 +932,7 @@ BETWEEN: dict[str, Callable[[Run], list[Any]]] = {
     "frozen for the forward": frozen_for_the_forward,
     "frozen after the forward": frozen_after_the_forward,
     "an argument requires grad later": argument_that_requires_grad_later,
+    "the function freezes": function_that_freezes,
     "a buffer is assigned": buffer_that_is_assigned,
     "functional_call with a buffer": functools.partial(buffers_of_functional_call, Scaled),
     "functional_call with statistics": functools.partial(

@@ -228,7 +228,7 @@ StateScope::StateScope(const ReachedState& state) {
   for (const auto& noted : state.noted_) {
     const at::Tensor tensor(noted.tensor.lock());
     if (tensor.defined() && tensor.requires_grad() != noted.requires_grad && tensor.is_leaf()) {
-      flipped_.push_back(tensor);
+      flipped_.emplace_back(tensor, tensor.requires_grad());
     }
   }
   if (state.settled_ && !state.changes_ && flipped_.empty()) {
@@ -244,7 +244,7 @@ StateScope::StateScope(const ReachedState& state) {
     }
   }
   const size_t kept = keys.size();
-  for (const auto& tensor : flipped_) {
+  for (const auto& [tensor, now] : flipped_) {
     keys.push_back(tensor.unsafeGetTensorImpl());
   }
   if (keys.empty()) {
@@ -270,7 +270,9 @@ StateScope::StateScope(const ReachedState& state) {
   for (const auto& [storage, other] : exchanged_) {
     exchange(*storage, other);
   }
-  flip();
+  for (const auto& [tensor, now] : flipped_) {
+    tensor.unsafeGetTensorImpl()->set_requires_grad(!now);
+  }
   for (const auto& noted : state.noted_) {
     if (noted.storage >= 0 && is_changed(state.storages_[static_cast<size_t>(noted.storage)])) {
       // What is saved in the replay has the version that it had in the forward: autograd
@@ -281,14 +283,10 @@ StateScope::StateScope(const ReachedState& state) {
   }
 }
 
-void StateScope::flip() {
-  for (const auto& tensor : flipped_) {
-    tensor.unsafeGetTensorImpl()->set_requires_grad(!tensor.requires_grad());
-  }
-}
-
 StateScope::~StateScope() {
-  flip();
+  for (const auto& [tensor, now] : flipped_) {
+    tensor.unsafeGetTensorImpl()->set_requires_grad(now);
+  }
   for (const auto& [storage, other] : exchanged_) {
     exchange(*storage, other);
   }

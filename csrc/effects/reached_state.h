@@ -43,6 +43,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "lease.h"
@@ -127,7 +128,6 @@ class StateScope {
   StateScope& operator=(const StateScope&) = delete;
 
  private:
-  void flip();
   // `other`: what the forward began with, then what was there before the replay.
   struct Exchanged {
     c10::intrusive_ptr<c10::StorageImpl> storage;
@@ -140,7 +140,7 @@ class StateScope {
   std::optional<Lease> lease_;  // given back last
   std::vector<Exchanged> exchanged_;
   std::vector<Version> versions_;
-  std::vector<at::Tensor> flipped_;  // leaves that require grad only then, or only now
+  std::vector<std::pair<at::Tensor, bool>> flipped_;  // leaves, and whether they require grad now
 };
 
 }  // namespace reprise

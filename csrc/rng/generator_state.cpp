@@ -621,19 +621,23 @@ namespace {
 
 constexpr DrawClock clock_of_offset(uint64_t offset) { return static_cast<DrawClock>(offset / 4); }
 
+// Of the CPU's default generator, which lives as long as the process; null if it is somebody's own.
+const at::mt19937_data_pod* default_engine() {
+  auto* impl = at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl();
+  return is_cpu_generator(*impl) ? &compat::mt19937_data(static_cast<at::CPUGeneratorImpl&>(*impl))
+                                 : nullptr;
+}
+
 }  // namespace
 
 DrawClock draw_clock(c10::Device device) {
   if (device.is_cpu()) {
-    auto* impl = at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl();
-    if (!is_cpu_generator(*impl)) {
-      return 0;
-    }
+    static const at::mt19937_data_pod* const engine = default_engine();
     // Without its mutex: two words, of which others may change one while they are read.
-    const auto& engine = compat::mt19937_data(static_cast<at::CPUGeneratorImpl&>(*impl));
-    return static_cast<DrawClock>(
-        GeneratorState::Mt19937::position(__atomic_load_n(&engine.left_, __ATOMIC_RELAXED),
-                                          __atomic_load_n(&engine.next_, __ATOMIC_RELAXED)));
+    return engine == nullptr ? 0
+                             : static_cast<DrawClock>(GeneratorState::Mt19937::position(
+                                   __atomic_load_n(&engine->left_, __ATOMIC_RELAXED),
+                                   __atomic_load_n(&engine->next_, __ATOMIC_RELAXED)));
   }
   if (device.is_cuda()) {
     const auto& hooks = at::globalContext().getAcceleratorHooksInterface(device.type());

@@ -212,15 +212,15 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   if (!plain) {
     found = TensorMeta::of(tensor);
   }
-  const auto drawn = [&]() -> std::optional<DrawClock> {
-    for (const auto& [device, begin] : clocks_) {
-      if (device == tensor.device()) {
-        const DrawClock now = draw_clock(device);
-        return now == begin ? std::nullopt : std::optional(now);
+  // Where the generator of its device is, if it is not where it began.
+  std::optional<DrawClock> drawn;
+  for (const auto& [device, begin] : clocks_) {
+    if (device == tensor.device()) {
+      if (const DrawClock now = draw_clock(device); now != begin) {
+        drawn = now;
       }
     }
-    return std::nullopt;
-  }();
+  }
   const uint64_t newest_node = at::sequence_number::peek();
   bool stop = false;
   bool may_finish = false;
