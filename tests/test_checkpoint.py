@@ -7,9 +7,12 @@ import copy
 import functools
 import inspect
 import pickle
+import weakref
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -504,3 +507,18 @@ def test_tuples_with_names(use_reentrant: bool) -> None:
     (found,) = torch.autograd.grad(result.values.sum(), x)
     (wanted,) = torch.autograd.grad(expected.values.sum(), x)
     assert torch.equal(found, wanted)
+
+
+@both_forms
+@pytest.mark.parametrize(
+    "make", [weakref.proxy, lambda _: Mock(spec=Tensor)], ids=["proxy", "mock"]
+)
+@pytest.mark.parametrize("container", [list, tuple, lambda items: {"key": items[0]}])
+def test_objects_that_say_that_they_are_tensors(
+    container: Callable[[list[Any]], Any], make: Callable[[Tensor], Any], use_reentrant: bool
+) -> None:
+    tensor = torch.ones(4)
+    x = leaf(4)
+    given = container([make(tensor)])
+    checkpoint(lambda t, _: t.sin(), x, given, use_reentrant=use_reentrant).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, x.detach().cos())

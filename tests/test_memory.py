@@ -356,3 +356,91 @@ def test_an_exception_of_the_function_keeps_its_traceback() -> None:
 
     checkpointed()(goes_on, leaf(8)).sum().backward()
     assert len(kept) == 1 and kept[0].__traceback__ is not None
+
+
+# --- what a segment keeps of the steps before it
+
+
+class Recurrent:
+    """Keeps its last output where its forward finds it again, with the history that it has."""
+
+    def __init__(self) -> None:
+        self.weight = torch.randn(4, 4, requires_grad=True)
+        self.last = torch.zeros(4, 4)
+
+
+def through_a_closure(state: Recurrent, steps: int) -> Iterator[Tensor]:
+    last = state.last
+    for _ in range(steps):
+
+        def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+            z = x @ state.weight + last.detach()  # noqa: B023
+            return z.sin(), z.tanh()
+
+        out, last = checkpoint(fn, torch.randn(4, 4, requires_grad=True), use_reentrant=False)
+        out.sum().backward()
+        yield last
+    last = state.last  # or the function and its own output keep each other
+
+
+def through_an_argument(state: Recurrent, steps: int) -> Iterator[Tensor]:
+    def fn(x: Tensor, state: Recurrent) -> Tensor:
+        z = x @ state.weight + state.last.detach()
+        state.last = z.tanh()
+        return z.sin()
+
+    for _ in range(steps):
+        x = torch.randn(4, 4, requires_grad=True)
+        checkpoint(fn, x, state, use_reentrant=False).sum().backward()
+        yield state.last
+    state.last = torch.zeros(4, 4)
+
+
+def through_a_buffer(state: Recurrent, steps: int) -> Iterator[Tensor]:
+    class Module(nn.Module):
+        last: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("last", state.last)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = x @ state.weight + self.last.detach()
+            self.last = z.tanh()
+            return z.sin()
+
+    module = Module()
+    for _ in range(steps):
+        x = torch.randn(4, 4, requires_grad=True)
+        checkpoint(module, x, use_reentrant=False).sum().backward()
+        yield module.last
+    module.last = state.last
+
+
+@pytest.mark.parametrize("play", [through_a_closure, through_an_argument, through_a_buffer])
+def test_a_recurrence_by_name_does_not_keep_all_steps(
+    play: Callable[[Recurrent, int], Iterator[Tensor]],
+) -> None:
+    seen = [weakref.ref(last) for last in play(Recurrent(), 20)]
+    assert sum(last() is not None for last in seen) <= 1
+
+
+def test_what_a_name_stood_for_is_there_without_its_history() -> None:
+    """The tensor itself is gone when backward runs; its values are needed, and its place."""
+    weight = torch.randn(4, requires_grad=True)
+
+    def steps(run: Callable[..., Tensor]) -> Tensor | None:
+        torch.manual_seed(0)
+        weight.grad = None
+        h = torch.rand(4, requires_grad=True)
+        y = torch.zeros(())
+        for _ in range(4):
+            skip = h * weight
+            h = run(lambda t: (t * skip).sin() * skip.exp(), h)  # noqa: B023
+            y = y + h.sum()
+        y.backward()
+        return weight.grad
+
+    expected = steps(lambda fn, *args: fn(*args))
+    found = steps(lambda fn, *args: checkpoint(fn, *args, use_reentrant=False))
+    assert expected is not None and found is not None and torch.equal(found, expected)

@@ -353,3 +353,37 @@ def test_finally_and_exit_run_when_a_replay_stops() -> None:
     out = checkpoint(function, x, use_reentrant=False)
     out.sum().backward()
     assert log == ["enter", "finally", "exit"] * 2
+
+
+def test_a_stop_before_a_nested_segment_does_not_run_it() -> None:
+    """The outer segment has all that it needs when the inner one saves its input."""
+    calls = 0
+
+    def first(x: Tensor) -> Tensor:
+        return x.sin().exp()
+
+    def second(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.cos().exp()
+
+    def outer(x: Tensor) -> Tensor:
+        inner: Tensor = checkpoint(first, x, use_reentrant=False)
+        result: Tensor = checkpoint(second, inner, use_reentrant=False)
+        return result
+
+    checkpoint(outer, leaf(4), use_reentrant=False).sum().backward()
+    assert calls == 2
+
+
+@pytest.mark.parametrize("depth", [1, 5, 20])
+def test_replays_grow_with_the_depth_and_not_with_its_square(depth: int) -> None:
+    def recurse(x: Tensor, left: int) -> Tensor:
+        if left == 0:
+            return x.sin()
+        result: Tensor = checkpoint(recurse, (x * 1.01).sin(), left - 1, use_reentrant=False)
+        return result
+
+    before = ledger.replays()
+    recurse(leaf(4), depth).sum().backward()
+    assert ledger.replays() - before == depth

@@ -1,5 +1,7 @@
 #include "bindings/argument_objects.h"
 
+#include "bindings/reach.h"
+
 namespace reprise::bindings {
 namespace {
 
@@ -96,6 +98,37 @@ bool copy_items(PyObject* dict, PyObject* from, PyObject* keys) {
   return PyErr_Occurred() == nullptr;
 }
 
+// Of the tensors in a list or dict of our own; `depth`: 1 if those in it are copies of ours as
+// well.
+void let_go_of_history(PyObject* container, int depth) {
+  if (PyList_CheckExact(container)) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
+      if (Ref values = without_history(PyList_GET_ITEM(container, i))) {
+        PyList_SetItem(container, i, values.release());
+      }
+    }
+    return;
+  }
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t position = 0; PyDict_Next(container, &position, &key, &value) != 0;) {
+    if (const Ref values = without_history(value)) {  // a key that is there: no resizing
+      PyDict_SetItem(container, key, values.get());
+    } else if (depth > 0 && is_container(value)) {
+      let_go_of_history(value, depth - 1);
+    }
+  }
+}
+
+// What a replay needs of the attributes that the forward began with.
+Ref what_is_kept(PyObject* begin, PyObject* keys) {
+  Ref kept = checked(PyDict_New());
+  if (!copy_items(kept.get(), begin, keys)) {
+    throw_python_error();
+  }
+  let_go_of_history(kept.get(), 1);
+  return kept;
+}
+
 }  // namespace
 
 void ArgumentObjects::note(const std::vector<PyObject*>& objects) {
@@ -113,6 +146,7 @@ void ArgumentObjects::settle() {
   for (auto& noted : noted_) {
     noted.keys = changed_keys(noted.dict.get(), noted.begin.get());
     if (noted.keys) {
+      noted.begin = what_is_kept(noted.begin.get(), noted.keys.get());
       changed.push_back(std::move(noted));
     }
   }

@@ -83,7 +83,7 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
     return false;
   }
-  if (!is_plain_container(value) && THPVariable_Check(value)) {
+  if (!is_plain_container(value) && is_tensor(value)) {
     tensors.push_back(THPVariable_Unpack(value));
     nodes_.push_back({Kind::kTensor, 0, Ref()});
     return true;

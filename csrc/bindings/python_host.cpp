@@ -61,7 +61,7 @@ struct HookPack {
 
 PyObject* pack(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* kwnames) {
   HANDLE_TH_ERRORS
-  if (PyVectorcall_NARGS(nargsf) != 1 || kwnames != nullptr || !THPVariable_Check(args[0])) {
+  if (PyVectorcall_NARGS(nargsf) != 1 || kwnames != nullptr || !is_tensor(args[0])) {
     PyErr_SetString(PyExc_TypeError, "a saved-tensor pack hook takes one tensor");
     return nullptr;
   }

@@ -49,6 +49,12 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Is it a tensor by its type? THPVariable_Check asks isinstance(), which believes what an object
+// says of its class (weakref.proxy, mocks).
+inline bool is_tensor(PyObject* object) noexcept {
+  return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
 // Drops the error that is set, if there is one. Ctrl-C is not lost: it comes again.
 inline void drop_error() {
   if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) != 0) {

@@ -172,9 +172,13 @@ void PythonProgram::settle() {
   argument_objects_.settle();
   for (auto& buffer : buffers_) {
     buffer.is_stand_in = buffer.is_stand_in || !buffer.holds();
+    buffer.let_go_of_history();
   }
   // A name that the function itself gives another value is the program's own business.
   std::erase_if(bindings_, [](const Binding& binding) { return !binding.holds(); });
+  for (auto& binding : bindings_) {
+    binding.let_go_of_history();
+  }
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <utility>
 
 #include "bindings/module_memo.h"
+#include "host.h"
 
 namespace reprise::bindings {
 namespace {
@@ -532,7 +534,7 @@ class Search {
       }
       for (const auto& [dict, name, value, is_stand_in] : memo.buffers()) {
         reach_.buffers.push_back(
-            {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value)}, is_stand_in});
+            {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value), Ref()}, is_stand_in});
       }
       for (PyObject* found : memo.generators()) {
         generator(found);
@@ -624,7 +626,7 @@ class Search {
 
   void add_buffer(PyObject* dict, PyObject* name, PyObject* value, bool is_stand_in) {
     reach_.buffers.push_back(
-        {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value)}, is_stand_in});
+        {{Ref::borrow(dict), Ref::borrow(name), Ref::borrow(value), Ref()}, is_stand_in});
     if (memo_ != nullptr) {
       memo_->add_buffer(dict, name, value, is_stand_in);
     }
@@ -710,16 +712,66 @@ const at::Generator* as_generator(PyObject* object) noexcept {
                                              : nullptr;
 }
 
+namespace {
+
+// Stands for the history that a kept tensor has lost. Only the reentrant form asks it.
+struct LostHistory final : torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&&) override {
+    host().throw_checkpoint_error(
+        "torch_reprise: backward needs the history of a tensor that a checkpointed function "
+        "reached by a name (or a buffer), and that was given something else since. With "
+        "use_reentrant=True only arguments have an edge in the graph: pass the tensor as an "
+        "argument, or pass use_reentrant=False.");
+    return {};  // not reached; the compiler does not believe a virtual's noreturn
+  }
+  std::string name() const override { return "LostHistory"; }
+};
+
+// The object of a weak reference, or null.
+Ref target_of(const Ref& weak) {
+  Ref target = weak ? Ref::steal(PyObject_CallNoArgs(weak.get())) : Ref();
+  return target && target.get() != Py_None ? std::move(target) : Ref();
+}
+
+}  // namespace
+
+bool Binding::holds() const {
+  PyObject* const stands = now();
+  return stands == value.get() || (original && stands == target_of(original).get());
+}
+
 void Binding::restore() const {
   if (holds()) {
     return;
   }
+  const Ref there = target_of(original);
+  PyObject* const wanted = there ? there.get() : value.get();
   if (!name) {
-    PyCell_Set(scope.get(), value.get());
-  } else if (value) {
-    PyDict_SetItem(scope.get(), name.get(), value.get());
+    PyCell_Set(scope.get(), wanted);
+  } else if (wanted != nullptr) {
+    PyDict_SetItem(scope.get(), name.get(), wanted);
   } else {
     PyDict_DelItem(scope.get(), name.get());
+  }
+}
+
+Ref without_history(PyObject* object) {
+  if (object == nullptr || !is_tensor(object)) {
+    return Ref();
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (!tensor.requires_grad() || tensor.is_leaf() || tensor.is_inference()) {
+    return Ref();
+  }
+  at::Tensor values = tensor.detach();
+  torch::autograd::set_history(values, c10::make_intrusive<LostHistory>());
+  return checked(THPVariable_Wrap(std::move(values)));
+}
+
+void Binding::let_go_of_history() {
+  if (Ref values = original ? Ref() : without_history(value.get())) {
+    original = checked(PyWeakref_NewRef(value.get(), nullptr));
+    value = std::move(values);
   }
 }
 
@@ -733,7 +785,7 @@ std::vector<Binding> bindings_of(PyObject* callable) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
       PyObject* cell = PyTuple_GET_ITEM(closure, i);
       if (PyObject* content = PyCell_GET(cell)) {
-        found.push_back({Ref::borrow(cell), Ref(), Ref::borrow(content)});
+        found.push_back({Ref::borrow(cell), Ref(), Ref::borrow(content), Ref()});
       }
     }
   }
@@ -742,7 +794,7 @@ std::vector<Binding> bindings_of(PyObject* callable) {
   for (size_t i = 0; i < names.size(); ++i) {
     PyObject* global = PyDict_GetItem(globals, names[i]);
     if (global != nullptr && !PyModule_Check(global) && !PyType_Check(global)) {
-      found.push_back({Ref::borrow(globals), Ref::borrow(names[i]), Ref::borrow(global)});
+      found.push_back({Ref::borrow(globals), Ref::borrow(names[i]), Ref::borrow(global), Ref()});
     }
   }
   return found;

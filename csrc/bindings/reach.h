@@ -37,11 +37,22 @@ struct Binding {
   }
   // The same with what it stands for now.
   Binding as_it_is() const {
-    return {Ref::borrow(scope.get()), Ref::borrow(name.get()), Ref::borrow(now())};
+    return {Ref::borrow(scope.get()), Ref::borrow(name.get()), Ref::borrow(now()), Ref()};
   }
-  bool holds() const { return now() == value.get(); }
+  bool holds() const;
   // Makes it hold; a null value unbinds. An error is left set.
   void restore() const;
+  // Note [History]
+  //
+  //   for x in data:
+  //       y, h = checkpoint(lambda x: cell(x, h.detach()), x)
+  //
+  // What the name stood for is the last step's output. Kept as it is, it keeps the graph of all
+  // steps before. So a tensor with a history is kept by its values alone; where the name still
+  // stands for the tensor itself, or the tensor is still there, that is the one.
+  void let_go_of_history();
+
+  Ref original;  // a weak reference to what `value` has the values of; null: `value` is it
 };
 
 struct Reach {
@@ -61,6 +72,10 @@ struct Reach {
   std::vector<Reached> tensors;  // valid while the interpreter lock is held, and `kept` is
   std::vector<Ref> kept;         // objects that nobody else need have
 };
+
+// A tensor of the same values that requires grad, without the history of this one: see
+// Note [History]. Null for tensors that have none, and other objects.
+Ref without_history(PyObject* object);
 
 // The generator in a torch.Generator, or null for any other object. Borrowed.
 const at::Generator* as_generator(PyObject* object) noexcept;

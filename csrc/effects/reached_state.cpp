@@ -101,6 +101,7 @@ bool same_bytes(const c10::Storage& a, const c10::StorageImpl& b) {
 
 void ReachedState::note(const std::vector<Reached>& reached) {
   noted_.reserve(reached.size());
+  size_t small = 0;  // bytes
   for (const auto& [tensor_pointer, role, checked, training, may_be_large] : reached) {
     const at::Tensor& tensor = *tensor_pointer;
     if (!tensor.defined() || tensor.is_inference()) {
@@ -136,8 +137,9 @@ void ReachedState::note(const std::vector<Reached>& reached) {
     const auto held = c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(impl);
     const bool is_small = impl->nbytes() <= kSmall;
     bool copy = running;
-    if (!copy && is_small && impl->device_type() == c10::kCPU) {
+    if (!copy && is_small && impl->device_type() == c10::kCPU && small < kMostSmall) {
       copy = true;
+      small += impl->nbytes();
     } else if (!copy && (is_small || may_be_large)) {
       copy = KnownStorages::get().may_change(held, training);
     }

@@ -68,6 +68,8 @@ struct Reached {
 class ReachedState {
  public:
   static constexpr size_t kSmall = 64 * 1024;
+  // So many bytes of small ones at every begin; what comes after that is copied as large ones are.
+  static constexpr size_t kMostSmall = 4 * 1024 * 1024;
 
   // Before the forward.
   void note(const std::vector<Reached>& reached);

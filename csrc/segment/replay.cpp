@@ -273,8 +273,8 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         stop_at_next_ = true;
         stop = false;
       }
-      may_finish =
-          stop && runner == std::this_thread::get_id() && is_nearly_done(segment, index, tensor);
+      may_finish = stop && runner == std::this_thread::get_id() && !Segment::is_saving_inputs() &&
+                   is_nearly_done(segment, index, tensor);
     }
   }
   if (too_many) {

@@ -21,6 +21,19 @@ namespace ag = torch::autograd;
 // Begin and end
 // ---------------------------------------------------------------------------
 
+namespace {
+
+thread_local bool t_saving_inputs = false;
+
+struct SavingInputs {
+  SavingInputs() { t_saving_inputs = true; }
+  ~SavingInputs() { t_saving_inputs = false; }
+};
+
+}  // namespace
+
+bool Segment::is_saving_inputs() noexcept { return t_saving_inputs; }
+
 c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
                                            const std::vector<at::Tensor>& inputs,
                                            SegmentOptions options, int depth,
@@ -56,6 +69,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
       // SavedVariable refuses inference tensors. They have no version to check.
       entry.inference = input;
     } else {
+      const SavingInputs saving;
       entry.saved = ag::SavedVariable(input, /*is_output=*/false);
       entry.version = ag::impl::version_counter(input);
       entry.saved_version = entry.version.current_version();

@@ -127,6 +127,9 @@ class Segment final : public c10::intrusive_ptr_target {
                                            const std::vector<Reached>& reached = {});
   ~Segment() override;
 
+  // Is this thread saving the inputs of a segment that begins? What follows is no operator.
+  static bool is_saving_inputs() noexcept;
+
   // The forward is over and fn returned. Not called when fn raised. Throws
   // CheckpointError if fn was the first to use a device whose generator's state
   // before that cannot be known.
