@@ -156,25 +156,24 @@ std::vector<std::string> RngStash::add_newcomers(const RngSnapshot& begin) {
   return unknown;
 }
 
-bool RngStash::any_moved() const {
-  // Those that did not are shared, but for an engine that was put back.
-  return own_ && std::any_of(own_->begin(), own_->end(), [](const Entry& e) { return e.moved; });
-}
-
-std::optional<DrawClock> RngStash::clock_of(c10::Device device) const {
-  if (!device.is_cpu() && !device.is_cuda()) {
-    return std::nullopt;
-  }
-  const auto& generator = device.is_cpu() ? at::detail::getDefaultCPUGenerator()
-                                          : at::globalContext()
-                                                .getAcceleratorHooksInterface(device.type())
-                                                .getDefaultGenerator(device.index());
-  for (size_t i = 0; i < size(); ++i) {
-    if (const View entry = (*this)[i]; entry.moved && entry.generator == generator) {
-      return entry.state.clock();
+RngStash::Clocks RngStash::clocks() const {
+  Clocks clocks;
+  for (size_t i = 0; i < size_of(own_); ++i) {  // none of the shared ones moved
+    const Entry& entry = (*own_)[i];
+    const auto device = entry.generator.device();
+    const auto clock = entry.moved ? entry.state.clock() : std::nullopt;
+    if (!clock.has_value() || !(device.is_cpu() || device.is_cuda())) {
+      continue;
+    }
+    const auto& known = device.is_cpu() ? at::detail::getDefaultCPUGenerator()
+                                        : at::globalContext()
+                                              .getAcceleratorHooksInterface(device.type())
+                                              .getDefaultGenerator(device.index());
+    if (entry.generator == known) {
+      clocks.emplace_back(device, *clock);
     }
   }
-  return std::nullopt;
+  return clocks;
 }
 
 GeneratorList RngStash::generators() const {

@@ -8,7 +8,6 @@
 
 #include <cstddef>
 #include <memory>
-#include <optional>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -64,9 +63,9 @@ class RngStash {
     const Entry& entry = index < of_own ? (*own_)[index] : (*shared_)[index - of_own];
     return {entry.generator, entry.state, &entry.end, entry.moved};
   }
-  // The clock at the beginning of a device's default generator, if the forward moved it.
-  std::optional<DrawClock> clock_of(c10::Device device) const;
-  bool any_moved() const;
+  // Of the default generators that the forward moved: device, and clock at the beginning.
+  using Clocks = c10::SmallVector<std::pair<c10::Device, DrawClock>, 1>;
+  Clocks clocks() const;
   GeneratorList generators() const;
   std::vector<std::string> names() const;
   // Those that did not stand where they were captured any more at the forward's end.

@@ -148,13 +148,8 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
   clocks_.clear();
   drawn_otherwise_.reset();
   const SegmentOptions& options = segment.options_;
-  if (forward_was_done_ && options.preserve_rng_state && options.check_rng &&
-      segment.stash_.any_moved()) {
-    for (const auto& device : segment.devices_) {
-      if (const auto clock = segment.stash_.clock_of(device)) {
-        clocks_.emplace_back(device, *clock);
-      }
-    }
+  if (forward_was_done_ && options.preserve_rng_state && options.check_rng) {
+    clocks_ = segment.stash_.clocks();
   }
   operator_begin_ = 0;
   operator_may_fill_ = false;

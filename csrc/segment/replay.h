@@ -58,6 +58,7 @@
 #include <vector>
 
 #include "fingerprint/value_notes.h"
+#include "rng/rng_stash.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
 #include "torch_compat.h"
@@ -184,7 +185,7 @@ class Replay final : public c10::intrusive_ptr_target {
   // Note [Clock]: by device, where the generators begin that the forward moved, and the first slot
   // at which one was neither where it was in the forward nor where it began: that may have been
   // another thread, in the forward.
-  c10::SmallVector<std::pair<c10::Device, DrawClock>, 1> clocks_;
+  RngStash::Clocks clocks_;
   std::optional<uint32_t> drawn_otherwise_;
   ValueNotes value_notes_;
   std::string failure_;  // an error that was raised inside fn
