@@ -621,29 +621,25 @@ namespace {
 
 constexpr DrawClock clock_of_offset(uint64_t offset) { return static_cast<DrawClock>(offset / 4); }
 
-// Of the CPU's default generator, which lives as long as the process; null if it is somebody's own.
-const at::mt19937_data_pod* default_engine() {
-  auto* impl = at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl();
-  return is_cpu_generator(*impl) ? &compat::mt19937_data(static_cast<at::CPUGeneratorImpl&>(*impl))
-                                 : nullptr;
-}
-
 }  // namespace
 
-DrawClock draw_clock(c10::Device device) {
-  if (device.is_cpu()) {
-    static const at::mt19937_data_pod* const engine = default_engine();
-    // Without its mutex: two words, of which others may change one while they are read.
-    return engine == nullptr ? 0
-                             : static_cast<DrawClock>(GeneratorState::Mt19937::position(
-                                   __atomic_load_n(&engine->left_, __ATOMIC_RELAXED),
-                                   __atomic_load_n(&engine->next_, __ATOMIC_RELAXED)));
-  }
-  if (device.is_cuda()) {
-    const auto& hooks = at::globalContext().getAcceleratorHooksInterface(device.type());
-    HeldGenerator held(hooks.getDefaultGenerator(device.index()));
-    const auto fields = compat::philox_fields(held.impl());
-    return fields.has_value() ? clock_of_offset(fields->offset) : 0;
+DrawClock draw_clock(const at::Generator& generator) {
+  auto& impl = *generator.unsafeGetGeneratorImpl();
+  switch (kind_of(generator)) {
+    case GeneratorKind::kMt19937: {
+      // Without its mutex: two words, of which others may change one while they are read.
+      const auto& engine = compat::mt19937_data(static_cast<at::CPUGeneratorImpl&>(impl));
+      return static_cast<DrawClock>(
+          GeneratorState::Mt19937::position(__atomic_load_n(&engine.left_, __ATOMIC_RELAXED),
+                                            __atomic_load_n(&engine.next_, __ATOMIC_RELAXED)));
+    }
+    case GeneratorKind::kPhilox: {
+      const HeldGenerator held(generator);
+      const auto fields = compat::philox_fields(impl);
+      return fields.has_value() ? clock_of_offset(fields->offset) : 0;
+    }
+    case GeneratorKind::kOpaque:
+      break;
   }
   return 0;
 }

@@ -80,7 +80,7 @@ bool share_state(const at::Generator& a, const at::Generator& b);
 // compared there. Of the default generator of the tensor's device, if that is the CPU or a CUDA
 // device; 0 for others.
 using DrawClock = uint16_t;
-DrawClock draw_clock(c10::Device device);
+DrawClock draw_clock(const at::Generator& generator);
 
 class GeneratorState {
  public:
@@ -194,7 +194,7 @@ class GeneratorState {
 
  private:
   friend class GeneratorMark;
-  friend DrawClock draw_clock(c10::Device device);
+  friend DrawClock draw_clock(const at::Generator& generator);
   struct Mt19937;  // what concerns that kind alone
 
   // What is left of pairs of normal samples.

@@ -107,6 +107,18 @@ std::optional<c10::Device> current_accelerator_device() {
   return std::nullopt;
 }
 
+const at::Generator* default_generator(c10::Device device) {
+  if (device.is_cpu()) {
+    return &at::detail::getDefaultCPUGenerator();
+  }
+  if (!device.is_cuda() || !is_initialised(device.type())) {
+    return nullptr;
+  }
+  const GeneratorList& all = generators_of(device.type());
+  const auto index = static_cast<size_t>(device.index());
+  return index < all.size() ? &all[index] : nullptr;
+}
+
 GeneratorList default_generators() {
   GeneratorList generators;
   visit_defaults([&generators](const at::Generator& g) { generators.push_back(g); });

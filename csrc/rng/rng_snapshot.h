@@ -30,6 +30,8 @@ namespace reprise {
 // The default generators that exist now, CPU first.
 using GeneratorList = c10::SmallVector<at::Generator, 2>;
 GeneratorList default_generators();
+// That of one device, if it is the CPU or a CUDA device that is there and initialised; else null.
+const at::Generator* default_generator(c10::Device device);
 void visit_default_generators(c10::function_ref<void(const at::Generator&)> visit);
 
 // Tells whether an accelerator is initialised; the core cannot know for CUDA

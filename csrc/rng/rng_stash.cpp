@@ -1,6 +1,5 @@
 #include "rng/rng_stash.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <c10/util/Exception.h>
 
@@ -161,15 +160,11 @@ RngStash::Clocks RngStash::clocks() const {
   for (size_t i = 0; i < size_of(own_); ++i) {  // none of the shared ones moved
     const Entry& entry = (*own_)[i];
     const auto device = entry.generator.device();
-    const auto clock = entry.moved ? entry.state.clock() : std::nullopt;
-    if (!clock.has_value() || !(device.is_cpu() || device.is_cuda())) {
+    const auto* known = entry.moved ? default_generator(device) : nullptr;
+    if (known == nullptr || !(*known == entry.generator)) {
       continue;
     }
-    const auto& known = device.is_cpu() ? at::detail::getDefaultCPUGenerator()
-                                        : at::globalContext()
-                                              .getAcceleratorHooksInterface(device.type())
-                                              .getDefaultGenerator(device.index());
-    if (entry.generator == known) {
+    if (const auto clock = entry.state.clock()) {
       clocks.emplace_back(device, *clock);
     }
   }
@@ -182,14 +177,6 @@ GeneratorList RngStash::generators() const {
     generators.push_back((*this)[i].generator);
   }
   return generators;
-}
-
-std::vector<std::string> RngStash::names() const {
-  std::vector<std::string> names;
-  for (size_t i = 0; i < size(); ++i) {
-    names.push_back(generator_name((*this)[i].generator));
-  }
-  return names;
 }
 
 std::vector<std::string> RngStash::names_of_moved() const {

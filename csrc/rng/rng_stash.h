@@ -67,7 +67,6 @@ class RngStash {
   using Clocks = c10::SmallVector<std::pair<c10::Device, DrawClock>, 1>;
   Clocks clocks() const;
   GeneratorList generators() const;
-  std::vector<std::string> names() const;
   // Those that did not stand where they were captured any more at the forward's end.
   std::vector<std::string> names_of_moved() const;
   // Bytes kept alive by states that are not in `seen` yet; adds them to it.

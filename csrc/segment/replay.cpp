@@ -211,7 +211,7 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   std::optional<DrawClock> drawn;
   for (const auto& [device, begin] : clocks_) {
     if (device == tensor.device()) {
-      if (const DrawClock now = draw_clock(device); now != begin) {
+      if (const DrawClock now = draw_clock(*default_generator(device)); now != begin) {
         drawn = now;
       }
     }

@@ -221,7 +221,8 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   slot.dtype = tensor.scalar_type();
   slot.device = tensor.device();
   if (options_.preserve_rng_state && options_.check_rng) {
-    slot.clock = draw_clock(slot.device);
+    const auto* generator = default_generator(slot.device);
+    slot.clock = generator != nullptr ? draw_clock(*generator) : 0;
   }
   const bool is_parameter = compat::shows_a_leaf(tensor);
   const bool is_input = tensor.has_storage() &&

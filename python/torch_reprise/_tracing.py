@@ -94,8 +94,8 @@ def called_by_compiled_code() -> bool:
     The graph asks for ``preserve_rng_state=False``, since a compiler looks after random numbers
     itself, and nobody does where there is none (torch 2.13 to 2.15).
     """
-    caller = sys._getframe(3)  # of checkpoint, which calls _run, which asks
-    return caller.f_globals.get("__name__") == "torch._higher_order_ops.wrap"
+    caller = sys._getframe(2).f_back  # of checkpoint, which calls _run, which asks
+    return caller is not None and caller.f_globals.get("__name__") == "torch._higher_order_ops.wrap"
 
 
 def _unpack(packed: Any) -> torch.Tensor:
