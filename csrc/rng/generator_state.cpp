@@ -487,16 +487,14 @@ std::optional<GeneratorState> GeneratorState::other_glance(const at::Generator& 
     return std::nullopt;
   }
   HeldGenerator held(generator);
-  if (kind_ == held.kind()) {
-    const bool is_same = kind_ == Kind::kMt19937
-                             ? is_untouched_since(held)
-                             : kind_ == Kind::kPhilox && !is_glance() &&
-                                   !fields_at_a_glance(held).has_value() && is_state_of(held);
-    if (is_same) {
-      return std::nullopt;
-    }
+  if (is_untouched_since(held)) {
+    return std::nullopt;
   }
-  return glance(held);
+  std::optional<GeneratorState> now = glance(held);
+  if (kind_ == Kind::kPhilox && *now == *this && now->kept_ == kept_) {
+    now.reset();
+  }
+  return now;
 }
 
 GeneratorState GeneratorState::settled(const GeneratorMark& mark) const {

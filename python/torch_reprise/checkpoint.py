@@ -362,13 +362,13 @@ def checkpoint(
         if result is not _TRACED:
             return result
     options = _validated(
+        use_reentrant=use_reentrant,
+        debug=debug,
+        context_fn=context_fn,
+        early_stop=early_stop,
+        determinism_check=determinism_check,
         respect_saved_tensors_hooks=respect_saved_tensors_hooks,
         preserve_rng_state=preserve_rng_state,
-        early_stop=early_stop,
-        debug=debug,
-        determinism_check=determinism_check,
-        context_fn=context_fn,
-        use_reentrant=use_reentrant,
     )
     if function is None and not args:
         if kwargs:
@@ -491,13 +491,13 @@ class Checkpointer:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
         self._options: dict[str, Any] = {
             **_validated(
+                use_reentrant=use_reentrant,
+                debug=debug,
+                context_fn=context_fn,
+                early_stop=early_stop,
+                determinism_check=determinism_check,
                 respect_saved_tensors_hooks=respect_saved_tensors_hooks,
                 preserve_rng_state=preserve_rng_state,
-                early_stop=early_stop,
-                debug=debug,
-                determinism_check=determinism_check,
-                context_fn=context_fn,
-                use_reentrant=use_reentrant,
             ),
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,
