@@ -238,7 +238,7 @@ namespace {
 PhiloxFields fields_of(at::CUDAGeneratorImpl& generator) {
   auto& state = *(generator.*member_of(StateOfGenerator()));
   return {state.seed_, state.philox_offset_per_thread_, generator.*member_of(RnnFlagOfGenerator()),
-          !state.capture_states_.empty(), state};
+          !state.capture_states_.empty(), &state};
 }
 
 // Which class an object is of, as one word. The class's own type_info is not asked for
@@ -282,10 +282,6 @@ std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcep
     return std::nullopt;
   }
   return fields_of(static_cast<at::CUDAGeneratorImpl&>(generator));
-}
-
-c10::intrusive_ptr<c10::intrusive_ptr_target> philox_owner(c10::GeneratorImpl& generator) {
-  return static_cast<at::CUDAGeneratorImpl&>(generator).*member_of(StateOfGenerator());
 }
 
 bool at_philox(c10::GeneratorImpl& generator, const c10::intrusive_ptr_target& owner, uint64_t seed,
@@ -455,20 +451,6 @@ bool is_plain(const at::Tensor& tensor) {
   auto* impl = tensor.unsafeGetTensorImpl();
   return impl->layout() == at::kStrided && impl->has_storage() &&
          !impl->key_set().has_any(watched) && !impl->has_symbolic_sizes_strides();
-}
-
-UnseenByModes::UnseenByModes(const at::Tensor& tensor) {
-  if (tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-      c10::impl::TorchDispatchModeTLS::any_modes_set()) {
-    modes_ = c10::impl::TorchDispatchModeTLS::get_state();
-    c10::impl::TorchDispatchModeTLS::set_state({});
-  }
-}
-
-UnseenByModes::~UnseenByModes() {
-  if (modes_.has_value()) {
-    c10::impl::TorchDispatchModeTLS::set_state(*std::move(modes_));
-  }
 }
 
 bool shows_a_leaf(const at::Tensor& tensor) {

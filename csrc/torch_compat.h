@@ -13,10 +13,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/SafePyObject.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/python_stub.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
+#include <torch/csrc/utils/torch_dispatch_mode.h>
 
 #include <atomic>
 #include <cstddef>
@@ -131,16 +131,14 @@ struct PhiloxFields {
   std::atomic_flag& keeps_rnn_state;  // cleared by whoever sets the others
   bool drawn_in_capture;              // some capture has a count of its own for it
   // What the first two lie in; two generators may share one, and a generator may get another.
-  const c10::intrusive_ptr_target& owner;
+  c10::intrusive_ptr_target* owner;
 };
 std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcept;
-// The owner of the fields, kept alive: what at_philox() needs. The caller holds the mutex.
-c10::intrusive_ptr<c10::intrusive_ptr_target> philox_owner(c10::GeneratorImpl& generator);
-// Does a generator that had `owner` stand at (seed, offset), with nothing drawn in any
-// capture? Without its mutex, for two reads: `owner` is alive, so that its fields can be
-// read whenever it is still the generator's. Who draws meanwhile has done so before or after;
-// who sets a seed meanwhile, in another thread, may be seen with the old offset. False where it
-// has another owner by now.
+// Does a generator that had `owner`, which the caller keeps alive, stand at (seed, offset), with
+// nothing drawn in any capture? Without its mutex, for two reads: `owner` is alive, so that its
+// fields can be read whenever it is still the generator's. Who draws meanwhile has done so before
+// or after; who sets a seed meanwhile, in another thread, may be seen with the old offset. False
+// where it has another owner by now.
 bool at_philox(c10::GeneratorImpl& generator, const c10::intrusive_ptr_target& owner, uint64_t seed,
                uint64_t offset) noexcept;
 void enable_philox_fields(bool enabled);  // off: the virtuals are used (tests)
@@ -237,13 +235,15 @@ bool is_plain(const at::Tensor& tensor);
 // TorchDispatch modes must not see it.
 class UnseenByModes {
  public:
-  explicit UnseenByModes(const at::Tensor& tensor);
-  ~UnseenByModes();
-  UnseenByModes(const UnseenByModes&) = delete;
-  UnseenByModes& operator=(const UnseenByModes&) = delete;
+  explicit UnseenByModes(const at::Tensor& tensor) {
+    if (tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+        c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+      modes_.emplace();
+    }
+  }
 
  private:
-  std::optional<c10::impl::TorchDispatchModeTLS> modes_;
+  std::optional<torch::torch_dispatch_mode::StashTorchDispatchStackGuard> modes_;
 };
 
 // A leaf that requires grad, or a view of one: a parameter, whose memory is there anyway.

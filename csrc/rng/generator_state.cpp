@@ -247,7 +247,7 @@ bool is_same(const PhiloxPosition& then, const PhiloxPosition& now) {
 
 // ", offset 12", as the end of a description.
 std::string describe_offset(uint64_t offset, CaptureId capture) {
-  if (capture == kNoCapture || capture == kNotAsked) {
+  if (!is_in_capture(capture)) {
     return c10::str(", offset ", offset);
   }
   if (capture == kForeignCapture) {
@@ -270,7 +270,7 @@ bool set_position(HeldGenerator& generator, const PhiloxPosition& position) {
     impl.set_state(*state.unsafeGetTensorImpl());
     return true;
   }
-  if (position.capture != kNoCapture && position.capture != kNotAsked) {
+  if (is_in_capture(position.capture)) {
     return false;
   }
   constexpr uint64_t kMultiple = 4;  // torch refuses other offsets, in words of its own
@@ -333,7 +333,7 @@ bool share_state(const at::Generator& a, const at::Generator& b) {
   const auto owner = [](const at::Generator& generator) -> const void* {
     HeldGenerator held(generator);
     const auto fields = compat::philox_fields(held.impl());
-    return fields.has_value() ? &fields->owner : nullptr;
+    return fields.has_value() ? fields->owner : nullptr;
   };
   const void* of_a = owner(a);
   return of_a != nullptr && of_a == owner(b);
@@ -478,7 +478,7 @@ GeneratorState GeneratorState::glance(HeldGenerator& generator) {
   }
   GeneratorState state;
   state.philox_ = {fields->seed, fields->offset, kNotAsked};
-  state.kept_ = compat::philox_owner(generator.impl());
+  state.kept_ = c10::intrusive_ptr<c10::intrusive_ptr_target>::reclaim_copy(fields->owner);
   return state;
 }
 
@@ -660,8 +660,7 @@ size_t GeneratorState::nbytes() const {
     case Kind::kMt19937:
       return sizeof(Mt19937Block);
     case Kind::kPhilox:
-      return kPhiloxBytes +
-             (philox_.capture == kNoCapture || is_glance() ? 0 : sizeof(philox_.capture));
+      return kPhiloxBytes + (is_in_capture(philox_.capture) ? sizeof(philox_.capture) : 0);
     case Kind::kOpaque:
       return size_of(bytes_of(kept_));
   }

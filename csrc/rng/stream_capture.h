@@ -47,6 +47,7 @@ constexpr CaptureId kForeignCapture = ~CaptureId{0};
 // capture: then which stream is current makes no difference to what it is. Outside of a
 // capture it is (seed, offset), inside of any it is (seed, 0).
 constexpr CaptureId kNotAsked = ~CaptureId{1};
+constexpr bool is_in_capture(CaptureId id) { return id != kNoCapture && id != kNotAsked; }
 
 // Null where a type has none, as the CPU.
 inline const c10::impl::DeviceGuardImplInterface* guard_of(c10::DeviceType type) {
