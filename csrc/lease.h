@@ -17,13 +17,13 @@
 // The holder is a chain, not a thread: a replay inside of a replay (a nested
 // segment, a backward inside of fn) belongs to the chain of the outer one, and
 // autograd may run that inner backward on another thread (a device thread, or a
-// pool thread once backward calls are nested deeply). Each chain has a token in
-// torch's thread-local state for Python objects, which torch carries to the
-// threads of a backward. All generators of a replay are taken at once, then the
-// settings, then all buffers, all objects, the host's generators, so that two chains cannot hold
-// one each and wait for the other's; nested replays that need more can, as can a function that
-// waits for another thread (a barrier) whose replay needs the same. Nobody waits for ever: after
-// wait_limit() the replay fails with an error that says so.
+// pool thread once backward calls are nested deeply). Each chain has a token that
+// goes with it: Note [Chain token] in torch_compat.cpp. All generators of a replay
+// are taken at once, then the settings, then all buffers, all objects, the host's
+// generators, so that two chains cannot hold one each and wait for the other's;
+// nested replays that need more can, as can a function that waits for another thread
+// (a barrier) whose replay needs the same. Nobody waits for ever: after wait_limit()
+// the replay fails with an error that says so.
 //
 // What no lease can promise: a thread outside of any replay that draws from a
 // generator while it is rewound takes numbers from the rewound state, and moves

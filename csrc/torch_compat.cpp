@@ -1,5 +1,6 @@
 #include "torch_compat.h"
 
+#include <ATen/Context.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/SequenceNumber.h>
 #include <ATen/ThreadLocalPythonObjects.h>
@@ -14,6 +15,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/headeronly/version.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -33,6 +35,57 @@ namespace {
 
 std::atomic<bool> g_native_hooks{true};
 
+// Note [Chain token]
+//
+// Torch carries its map of thread-local Python objects to the threads of a backward, and
+// nothing else that we could put there. Setting and erasing a key of it is a tenth of what a
+// segment with dropout costs, so that the token of a thread's own chain is a variable, and
+// goes into the map when a backward begins, which our engine is told.
+//
+// The variable comes first: a thread that waits for its inner backward may run nodes of the
+// outer one meanwhile, with that one's map. What these take lies inside of what it holds.
+thread_local uint64_t t_chain = 0;
+
+// An object in the map that is none of Python's.
+struct ChainToken : c10::SafePyObject {
+  explicit ChainToken(uint64_t number) : c10::SafePyObject(nullptr, nullptr), number(number) {}
+  const uint64_t number;
+};
+
+const std::string& chain_key() {
+  static const auto* key = new std::string("reprise.chain");  // short: no memory of its own
+  return *key;
+}
+
+uint64_t carried_token() {
+  using at::impl::ThreadLocalPythonObjects;
+  if (!ThreadLocalPythonObjects::contains(chain_key())) {  // get() would throw
+    return 0;
+  }
+  return static_cast<const ChainToken&>(*ThreadLocalPythonObjects::get(chain_key())).number;
+}
+
+// Puts the token of this thread's chain into the map while a backward is begun from it.
+class CarriedChain {
+ public:
+  CarriedChain() {
+    if (t_chain != 0 && carried_token() == 0) {
+      at::impl::ThreadLocalPythonObjects::set(chain_key(), std::make_shared<ChainToken>(t_chain));
+      is_set_ = true;
+    }
+  }
+  ~CarriedChain() {
+    if (is_set_) {
+      at::impl::ThreadLocalPythonObjects::erase(chain_key());
+    }
+  }
+  CarriedChain(const CarriedChain&) = delete;
+  CarriedChain& operator=(const CarriedChain&) = delete;
+
+ private:
+  bool is_set_ = false;
+};
+
 // See Note [Native hooks].
 class DelegatingEngine final : public ag::Engine {
  public:
@@ -41,6 +94,7 @@ class DelegatingEngine final : public ag::Engine {
   ag::variable_list execute(const ag::edge_list& roots, const ag::variable_list& inputs,
                             bool keep_graph, bool create_graph, bool accumulate_grad,
                             const ag::edge_list& outputs) override {
+    const CarriedChain carried;
     return inner_.execute(roots, inputs, keep_graph, create_graph, accumulate_grad, outputs);
   }
 
@@ -315,44 +369,18 @@ void at_end_of_graph_task(std::function<void()> callback) {
   ag::Engine::get_default_engine().queue_callback(std::move(callback));
 }
 
+uint64_t chain_token() { return t_chain != 0 ? t_chain : carried_token(); }
+
+void set_chain_token(uint64_t token) { t_chain = token; }
+
 namespace {
-
-// Rides in torch's map of thread-local Python objects, as an object without one.
-struct ChainToken : c10::SafePyObject {
-  explicit ChainToken(uint64_t number) : c10::SafePyObject(nullptr, nullptr), number(number) {}
-  uint64_t number;
-};
-
-const std::string& chain_key() {
-  static const auto* key = new std::string("reprise.chain");  // short: no memory of its own
-  return *key;
-}
-
+REPRISE_OPEN_MEMBER(InitialisedOfContext, at::Context, init_,
+                    std::array<c10::once_flag, at::COMPILE_TIME_MAX_DEVICE_TYPES>)
 }  // namespace
 
-uint64_t chain_token() {
-  using at::impl::ThreadLocalPythonObjects;
-  if (!ThreadLocalPythonObjects::contains(chain_key())) {  // get() would throw
-    return 0;
-  }
-  return static_cast<const ChainToken&>(*ThreadLocalPythonObjects::get(chain_key())).number;
-}
-
-void set_chain_token(uint64_t token) {
-  using at::impl::ThreadLocalPythonObjects;
-  if (token == 0) {
-    ThreadLocalPythonObjects::erase(chain_key());
-  } else {
-    // Threads of a backward may still have the last one.
-    thread_local std::shared_ptr<ChainToken> last;
-    if (last && last.use_count() == 1) {
-      std::atomic_thread_fence(std::memory_order_acquire);  // whoever had it has read it
-      last->number = token;
-    } else {
-      last = std::make_shared<ChainToken>(token);
-    }
-    ThreadLocalPythonObjects::set(chain_key(), last);
-  }
+bool is_initialised_in_core(c10::DeviceType type) {
+  auto& flags = at::globalContext().*member_of(InitialisedOfContext());
+  return flags[static_cast<size_t>(type)].test_once();
 }
 
 std::string current_node_name() {

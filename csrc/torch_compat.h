@@ -165,10 +165,14 @@ std::optional<c10::SafePyObject> current_group();
 // then also if that call failed. Must be called inside one.
 void at_end_of_graph_task(std::function<void()> callback);
 
-// A number that torch carries to whatever threads the backward calls begun on
-// this thread run on; 0 if none is set. See lease.h.
+// A number that goes with this thread to whatever threads the backward calls begun on
+// it run on; 0 if none is set. See lease.h.
 uint64_t chain_token();
 void set_chain_token(uint64_t token);
+
+// Has the core of torch initialised devices of this type, of those that it initialises when
+// they are first used? No driver is asked.
+bool is_initialised_in_core(c10::DeviceType type);
 
 // The node this thread is executing, e.g. "MulBackward0", or "".
 std::string current_node_name();

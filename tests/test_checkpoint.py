@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextvars
 import copy
 import functools
@@ -139,6 +140,42 @@ def test_a_decorated_function_is_pickled_by_its_name() -> None:
     assert pickle.loads(pickle.dumps(of_this_module)) is of_this_module
 
 
+def test_a_decorated_function_has_the_attributes_of_its_function() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.sin()
+
+    function.tag = "block"  # type: ignore[attr-defined]
+    decorated: Any = checkpoint(use_reentrant=False)(function)
+    assert decorated.tag == "block"
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        decorated.other  # noqa: B018
+
+    class Abstract(abc.ABC):
+        @checkpoint(use_reentrant=False)
+        @abc.abstractmethod
+        def run(self, x: Tensor) -> Tensor: ...
+
+    with pytest.raises(TypeError, match="abstract"):
+        Abstract()  # type: ignore[abstract]
+
+
+def test_decorated_methods_are_equal_where_methods_are() -> None:
+    class Model:
+        @checkpoint(use_reentrant=False)
+        def run(self, x: Tensor) -> Tensor:
+            return x.sin()
+
+        def other(self) -> None: ...
+
+    one, two = Model(), Model()
+    assert one.run == one.run and {one.run: 1}[one.run] == 1
+    assert one.run != two.run and one.run != one.other and one.run != 3
+    decorate = checkpoint(use_reentrant=False)
+    assert decorate(one.other) == decorate(one.other)
+    assert decorate(one.other) != checkpoint(use_reentrant=False)(one.other)
+    assert decorate(torch.sin) != decorate(torch.sin)
+
+
 class WithOwn(nn.Module):
     """Keeps checkpointed callables of its own among its attributes."""
 
@@ -207,6 +244,45 @@ def test_settings_leave_nothing_in_the_context() -> None:
         return len(contextvars.copy_context())
 
     assert variables_after(1) == variables_after(20)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_options_are_found_however_their_names_were_made(use_reentrant: bool) -> None:
+    """Names that the program writes are one object each; these are others of the same letters."""
+
+    def made(name: str) -> str:
+        return "".join(list(name))
+
+    def call(**options: Any) -> Tensor:
+        x, y = leaf(3), torch.ones(3)
+        fn = Counted(lambda x, *, scale, y: (x * y).sin() * scale)
+        given = {made(name): value for name, value in {**options, "scale": 2, "y": y}.items()}
+        out: Tensor = checkpoint(fn, x, **given)
+        assert given.keys() == {*options, "scale", "y"}
+        out.sum().backward()
+        assert fn.calls == 2
+        assert torch.equal(x.grad, torch.autograd.grad((x * y).sin().sum() * 2, x)[0])
+        return out
+
+    for options in (
+        {},
+        {"early_stop": False},
+        {"preserve_rng_state": False, "determinism_check": made("none")},
+        {"debug": False, "respect_saved_tensors_hooks": None, "determinism_check": "default"},
+        {"context_fn": torch_reprise.noop_context_fn},
+    ):
+        call(use_reentrant=use_reentrant, **options)
+    for name, value, error in (
+        ("early_stop", 1, TypeError),
+        ("preserve_rng_state", None, TypeError),
+        ("debug", "no", TypeError),
+        ("determinism_check", "some", ValueError),
+        ("context_fn", None, TypeError),
+        ("respect_saved_tensors_hooks", 0, TypeError),
+        ("use_reentrant", 0, TypeError),
+    ):
+        with pytest.raises(error, match=name):
+            call(**{"use_reentrant": use_reentrant, name: value})
 
 
 def test_the_decorator_works_on_methods() -> None:

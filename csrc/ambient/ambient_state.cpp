@@ -48,7 +48,7 @@ const AutocastDevices& autocast_devices() {
 
 }  // namespace
 
-AutocastState AutocastState::of(uint32_t noted) {
+AutocastState AutocastState::of(uint32_t devices_noted) {
   AutocastState state;
   const AutocastDevices& devices = autocast_devices();
   // is_autocast_enabled() asks whether the key is excluded: once for all of them.
@@ -58,7 +58,8 @@ AutocastState AutocastState::of(uint32_t noted) {
       state.enabled |= excluded.has_all(devices.keys[i]) ? 0 : 1u << i;
     }
   }
-  for (uint32_t left = noted | state.enabled; left != 0; left &= left - 1) {
+  state.noted = devices_noted | state.enabled;
+  for (uint32_t left = state.noted; left != 0; left &= left - 1) {
     const auto i = static_cast<size_t>(std::countr_zero(left));
     state.dtypes[i] = at::autocast::get_autocast_dtype(devices.types[i]);
   }
@@ -75,14 +76,6 @@ AutocastState AutocastState::current() {
   return of(noted);
 }
 
-AutocastState AutocastState::counterpart() const {
-  uint32_t noted = 0;
-  for (size_t i = 0; i < kAutocastDevices; ++i) {
-    noted |= dtypes[i] != at::ScalarType::Undefined ? 1u << i : 0u;
-  }
-  return of(noted);
-}
-
 void AutocastState::apply(const AutocastState& now) const {
   if (*this == now) {
     return;
@@ -93,8 +86,7 @@ void AutocastState::apply(const AutocastState& now) const {
     if ((enabled & bit) != (now.enabled & bit)) {
       at::autocast::set_autocast_enabled(devices.types[i], (enabled & bit) != 0);
     }
-    // Undefined: it was not worth noting.
-    if (dtypes[i] != now.dtypes[i] && dtypes[i] != at::ScalarType::Undefined) {
+    if ((noted & bit) != 0 && dtypes[i] != now.dtypes[i]) {
       at::autocast::set_autocast_dtype(devices.types[i], dtypes[i]);
     }
   }
@@ -227,7 +219,8 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
   const bool needs_cpu = !state.has_default_device_ && default_device_is_set();
   const auto cpu = needs_cpu ? host().cpu_device_mode() : nullptr;
   outer_flags_ = TorchFlags::current();
-  if (Lease::held_by_others(Lease::Kind::kSettings) || *state.flags_ != *outer_flags_) {
+  const bool differ = state.flags_ != outer_flags_ && *state.flags_ != *outer_flags_;
+  if (differ || Lease::held_by_others(Lease::Kind::kSettings)) {
     settings_.emplace(Lease::Kind::kSettings, Lease::Keys{&kSettings},
                       [](size_t) { return std::string("the settings of torch"); });
     outer_flags_ = TorchFlags::current();

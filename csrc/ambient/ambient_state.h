@@ -42,19 +42,19 @@ constexpr size_t kAutocastDevices =
 
 struct AutocastState {
   uint32_t enabled = 0;  // bit i: device i of _AUTOCAST_SUPPORTED_DEVICES
+  uint32_t noted = 0;    // whose dtypes are: those that a tensor can be on, or that are enabled
   bool cache = true;
-  // Undefined for devices that no tensor can be on while their autocast is off.
   std::array<at::ScalarType, kAutocastDevices> dtypes = undefined();
 
   static AutocastState current();
   // The same, to be compared with `this`: dtypes of the same devices.
-  AutocastState counterpart() const;
+  AutocastState counterpart() const { return of(noted); }
   // Sets what differs from `now`, the current state.
   void apply(const AutocastState& now) const;
   bool operator==(const AutocastState&) const = default;
 
  private:
-  static AutocastState of(uint32_t devices);  // by bits, those that are on as well
+  static AutocastState of(uint32_t devices);  // by bits, those that are enabled as well
   static constexpr std::array<at::ScalarType, kAutocastDevices> undefined() {
     std::array<at::ScalarType, kAutocastDevices> all{};
     all.fill(at::ScalarType::Undefined);

@@ -248,7 +248,8 @@ TorchFlags TorchFlags::read() {
 }
 
 const std::shared_ptr<const TorchFlags>& TorchFlags::current() {
-  thread_local LastSeen last;
+  thread_local LastSeen t_last;
+  LastSeen& last = t_last;  // asked for once
   if (!last.still_so()) {
     last.look();
     const TorchFlags now = read();

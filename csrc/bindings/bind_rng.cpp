@@ -24,20 +24,15 @@ namespace reprise::bindings {
 namespace {
 
 // torch initialises these lazily and says so in their Python module; asking the
-// driver would initialise it, and break a later fork. A program on the CPU with
-// a CUDA build of torch asks several times per segment, so the module's flag is read
-// first; its function, which also knows of forks, has the last word. `dict`: of the
-// module, looked up the first time; borrowed for ever, modules stay.
-bool initialised_in_python(const char* module_name, PyObject*& dict) {
-  WithInterpreter lock;
-  static PyObject* const flag_name = PyUnicode_InternFromString("_initialized");
-  if (dict == nullptr) {
-    const py::object module = py::module_::import("torch").attr(module_name);
-    dict = Ref::borrow(PyModule_GetDict(module.ptr())).release();
+// driver would initialise it, and break a later fork. A program on the CPU with a CUDA
+// build of torch asks several times per segment, so Python, which also knows of forks,
+// is asked only when the core of torch has initialised them.
+bool is_initialised_lazily(c10::DeviceType type, const char* module_name) {
+  if (!compat::is_initialised_in_core(type)) {
+    return false;
   }
-  // No such flag: then the function has to be asked.
-  return PyDict_GetItem(dict, flag_name) != Py_False &&
-         py::module_::import("torch").attr(module_name).attr("is_initialized")().cast<bool>();
+  WithInterpreter lock;
+  return py::module_::import("torch").attr(module_name).attr("is_initialized")().cast<bool>();
 }
 
 std::array<std::atomic<bool>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> g_initialised{};
@@ -48,17 +43,16 @@ bool is_initialised(c10::DeviceType type) {
   if (yes.load(std::memory_order_relaxed)) {
     return true;
   }
-  static PyObject *cuda = nullptr, *xpu = nullptr, *mtia = nullptr;
   bool now = false;
   switch (type) {
     case c10::DeviceType::CUDA:
-      now = initialised_in_python("cuda", cuda);
+      now = is_initialised_lazily(type, "cuda");
       break;
     case c10::DeviceType::XPU:
-      now = initialised_in_python("xpu", xpu);
+      now = is_initialised_lazily(type, "xpu");
       break;
     case c10::DeviceType::MTIA:
-      now = initialised_in_python("mtia", mtia);
+      now = is_initialised_lazily(type, "mtia");
       break;
     default:
       now = accelerator_has_context(type);

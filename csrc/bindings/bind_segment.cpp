@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/bind.h"
+#include "bindings/call_options.h"
 #include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
 #include "bindings/frames.h"
@@ -29,30 +30,6 @@ namespace py = pybind11;
 namespace reprise::bindings {
 namespace {
 
-// The bits of run_segment's `flags`, mirrored in torch_reprise/checkpoint.py.
-enum Flags : long {
-  kPreserveRngState = 1,
-  kEarlyStop = 2,
-  kCheckDeterminism = 4,
-  kCheckRng = 8,
-  kAmbientCheck = 16,
-  kAmbientIgnore = 32,
-  kPreserveState = 64,
-  kCheckValues = 128,
-  kOwnContexts = 256,  // a context_fn of the user's
-};
-
-SegmentOptions options_of(long flags) {
-  return {.ambient = (flags & kAmbientCheck) != 0    ? AmbientPolicy::kCheck
-                     : (flags & kAmbientIgnore) != 0 ? AmbientPolicy::kIgnore
-                                                     : AmbientPolicy::kRestore,
-          .preserve_rng_state = (flags & kPreserveRngState) != 0,
-          .early_stop = (flags & kEarlyStop) != 0,
-          .check_determinism = (flags & kCheckDeterminism) != 0,
-          .check_values = (flags & kCheckValues) != 0,
-          .check_rng = (flags & kCheckRng) != 0};
-}
-
 // The two contexts of a context_fn, which torch_reprise/_contexts.py has checked.
 // Throws the Python error that is set.
 std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
@@ -65,9 +42,9 @@ std::pair<Ref, Ref> make_contexts(PyObject* context_fn) {
   return {Ref::borrow(forward), Ref::borrow(replay)};
 }
 
-// What a run returns, having done nothing, where a tracer (export, the autograd of
-// torch.compile) is to see torch's own entry instead.
-PyObject* traced_marker() {
+// What a run returns, having done nothing: where a tracer (export, the autograd of
+// torch.compile) is to see torch's own entry instead, and where it is not as simple.
+PyObject* not_run() {
   static PyObject* const marker =
       PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
   return marker;
@@ -132,7 +109,7 @@ bool is_plain_call() { return !c10::GradMode::is_enabled() || compat::inside_fun
 PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
               PyObject* context_fn, PyObject* debug_session, PyObject* generators) {
   if (compat::is_traced()) {
-    return Py_NewRef(traced_marker());
+    return Py_NewRef(not_run());
   }
   if (is_plain_call()) {
     return PyObject_Call(function, args, kwargs);
@@ -179,37 +156,6 @@ PyObject* run_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   }
   const long flags = PyLong_AsLong(argv[3]);
   return run(argv[0], argv[1], argv[2], flags, argv[4], argv[5], argv[6]);
-  END_HANDLE_TH_ERRORS
-}
-
-// The context variables of the user's settings; strong, for ever.
-PyObject* g_early_stop_setting = nullptr;
-PyObject* g_debug_setting = nullptr;
-
-bool is_set_to(PyObject* variable, PyObject* value) {
-  PyObject* found = nullptr;
-  if (PyContextVar_Get(variable, nullptr, &found) != 0) {
-    throw_python_error();
-  }
-  return Ref::steal(found).get() == value;
-}
-
-// run_by_default(function, args, kwargs): the same with all options at their defaults, as
-// most calls are. Leaves what is not that simple to the caller, like what is traced.
-PyObject* run_by_default(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
-  HANDLE_TH_ERRORS
-  if (argc != 3) {
-    PyErr_Format(PyExc_TypeError, "run_by_default takes 3 arguments, got %zd", argc);
-    return nullptr;
-  }
-  if (PyCallable_Check(argv[0]) == 0 || is_set_to(g_debug_setting, Py_True)) {
-    return Py_NewRef(traced_marker());
-  }
-  long flags = kPreserveRngState | kEarlyStop | kCheckDeterminism | kCheckRng | kPreserveState;
-  if (is_set_to(g_early_stop_setting, Py_False)) {
-    flags &= ~kEarlyStop;
-  }
-  return run(argv[0], argv[1], argv[2], flags, Py_None, Py_None, Py_None);
   END_HANDLE_TH_ERRORS
 }
 
@@ -268,17 +214,9 @@ std::unique_ptr<OpenSegment> open_segment(const py::object& function, const py::
                     debug_session.is_none() ? nullptr : debug_session.ptr(), Py_None));
 }
 
-// run_reentrant(function, args, kwargs, flags, generators: a tuple or None)
-PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
-  HANDLE_TH_ERRORS
-  if (argc != 5) {
-    PyErr_Format(PyExc_TypeError, "run_reentrant takes 5 arguments, got %zd", argc);
-    return nullptr;
-  }
-  PyObject* function = argv[0];
-  PyObject* args = argv[1];
-  PyObject* kwargs = argv[2];
-  const long flags = PyLong_AsLong(argv[3]);
+// One checkpointed call in the reentrant form. `generators`, a tuple, may be None.
+PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
+                        PyObject* generators) {
   if (is_plain_call()) {
     return PyObject_Call(function, args, kwargs);
   }
@@ -301,7 +239,7 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     const c10::AutoGradMode no_grad(false);
     return PyObject_Call(function, args, kwargs);
   }
-  Reach reach = reach_of(function, argv[4], flags, others);
+  Reach reach = reach_of(function, generators, flags, others);
   program->hold(reach, others, (flags & kAmbientIgnore) == 0, (flags & kPreserveState) != 0);
   PythonProgram& held = *program;  // the segment's, from now on
   auto segment = Segment::begin(std::move(program), inputs, options_of(flags), current_depth(),
@@ -340,6 +278,52 @@ PyObject* run_reentrant(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   }
   size_t next = 0;
   return structure.build(joined, &next).release();
+}
+
+// run_reentrant(function, args, kwargs, flags, generators)
+PyObject* run_reentrant_segment(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 5) {
+    PyErr_Format(PyExc_TypeError, "run_reentrant takes 5 arguments, got %zd", argc);
+    return nullptr;
+  }
+  return run_reentrant(argv[0], argv[1], argv[2], PyLong_AsLong(argv[3]), argv[4]);
+  END_HANDLE_TH_ERRORS
+}
+
+// The context variables of the user's settings; strong, for ever.
+PyObject* g_early_stop_setting = nullptr;
+PyObject* g_debug_setting = nullptr;
+
+Ref value_of(PyObject* variable) {
+  PyObject* value = nullptr;
+  if (PyContextVar_Get(variable, nullptr, &value) != 0) {
+    throw_python_error();
+  }
+  return Ref::steal(value);
+}
+
+// run_plainly(function, args, kwargs): what checkpoint() was called with, options among
+// `kwargs`, which nobody else may have. What is no function, is traced, or has options that
+// are not plain is left to the caller.
+PyObject* run_plainly(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 3 || !PyTuple_CheckExact(argv[1]) || !PyDict_CheckExact(argv[2])) {
+    PyErr_SetString(PyExc_TypeError, "run_plainly takes a function, a tuple and a dict");
+    return nullptr;
+  }
+  const auto options = PlainOptions::among(argv[2]);
+  if (!options.has_value() || PyCallable_Check(argv[0]) == 0 ||
+      value_of(g_debug_setting).get() == Py_True || compat::is_traced()) {
+    return Py_NewRef(not_run());
+  }
+  long flags = options->flags();
+  if (const Ref setting = value_of(g_early_stop_setting); setting.get() != Py_None) {
+    flags = setting.get() == Py_True ? flags | kEarlyStop : flags & ~kEarlyStop;
+  }
+  PyObject* kwargs = options->rest_of(argv[2]);
+  return options->reentrant() ? run_reentrant(argv[0], argv[1], kwargs, flags, Py_None)
+                              : run(argv[0], argv[1], kwargs, flags, Py_None, Py_None, Py_None);
   END_HANDLE_TH_ERRORS
 }
 
@@ -347,9 +331,9 @@ PyMethodDef g_methods[] = {
     // NOLINTNEXTLINE: CPython's way to say METH_FASTCALL
     {"run_segment", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_segment)),
      METH_FASTCALL, "Runs one checkpointed call in the non-reentrant form."},
-    {"run_by_default", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_by_default)),
-     METH_FASTCALL, "The same with all options at their defaults."},
-    {"run_reentrant", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_reentrant)),
+    {"run_plainly", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_plainly)),
+     METH_FASTCALL, "One call of checkpoint(), if its options are plain."},
+    {"run_reentrant", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_reentrant_segment)),
      METH_FASTCALL, "Runs one checkpointed call in the reentrant form."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -360,10 +344,11 @@ void bind_segment(py::module_& module) {
   if (PyModule_AddFunctions(module.ptr(), g_methods) != 0) {
     throw py::error_already_set();
   }
-  module.attr("TRACED") = py::reinterpret_borrow<py::object>(traced_marker());
-  module.def("set_settings", [](const py::object& early_stop, const py::object& debug) {
-    g_early_stop_setting = py::object(early_stop).release().ptr();
-    g_debug_setting = py::object(debug).release().ptr();
+  module.attr("NOT_RUN") = py::reinterpret_borrow<py::object>(not_run());
+  module.def("set_settings", [](py::object early_stop, py::object debug, py::object noop) {
+    g_early_stop_setting = early_stop.release().ptr();
+    g_debug_setting = debug.release().ptr();
+    PlainOptions::set_noop_context_fn(noop.release().ptr());
   });
   module.attr("SUPPRESSED") = kSuppressed;
   // Which short ways this version of CPython has.

@@ -26,6 +26,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -94,8 +95,10 @@ def called_by_compiled_code() -> bool:
     The graph asks for ``preserve_rng_state=False``, since a compiler looks after random numbers
     itself, and nobody does where there is none (torch 2.13 to 2.15).
     """
-    caller = sys._getframe(2).f_back  # of checkpoint, which calls _run, which asks
-    return caller is not None and caller.f_globals.get("__name__") == "torch._higher_order_ops.wrap"
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch._higher_order_ops.wrap"
 
 
 def _unpack(packed: Any) -> torch.Tensor:

@@ -8,11 +8,13 @@ segment).
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -283,18 +285,7 @@ def checkpoint(
 ) -> Callable[[F], F]: ...
 
 
-def checkpoint(
-    function: Any = None,
-    *args: Any,
-    use_reentrant: bool | None = None,
-    context_fn: ContextFn = noop_context_fn,
-    determinism_check: str = "default",
-    debug: bool = False,
-    early_stop: bool = True,
-    preserve_rng_state: bool = True,
-    respect_saved_tensors_hooks: bool | None = None,
-    **kwargs: Any,
-) -> Any:
+def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Runs ``function(*args, **kwargs)`` without keeping what its backward needs.
 
     Backward runs the function again (a *replay*) to get it. Gradients, outputs,
@@ -344,23 +335,32 @@ def checkpoint(
     Differences from torch: keyword arguments and nested containers work in the
     reentrant form too; more in the documentation's list of limits.
     """
+    if not is_dynamo_compiling():
+        # The core finds the options in ``kwargs``. Were they parameters, Python would look up
+        # the default of each, in every call.
+        result = _run_plainly(function, args, kwargs)
+        if result is not _NOT_RUN:
+            return result
+    return _checkpoint(function, *args, **kwargs)
+
+
+def _checkpoint(
+    function: Any = None,
+    *args: Any,
+    use_reentrant: bool | None = None,
+    context_fn: ContextFn = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    preserve_rng_state: bool = True,
+    respect_saved_tensors_hooks: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """:func:`checkpoint`, called in any way, with its parameters."""
     if function is not None and is_dynamo_compiling():
         return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     if use_reentrant is None and function is not None:
-        _warn_use_reentrant("checkpoint", stacklevel=2)
-    if (
-        use_reentrant is False
-        and context_fn is noop_context_fn
-        and determinism_check == "default"
-        and debug is False
-        and early_stop is True
-        and preserve_rng_state is True
-        and respect_saved_tensors_hooks is None
-    ):
-        # The common call: nothing to check, nothing to build.
-        result = _run_by_default(function, args, kwargs)
-        if result is not _TRACED:
-            return result
+        _warn_use_reentrant("checkpoint", stacklevel=3)
     options = _validated(
         use_reentrant=use_reentrant,
         debug=debug,
@@ -380,12 +380,12 @@ def checkpoint(
     return _run(function, args, kwargs, **options)
 
 
-_C.set_settings(_early_stop, debug_setting)
-_run_by_default = _C.run_by_default
-_TRACED = _C.TRACED
+_C.set_settings(_early_stop, debug_setting, noop_context_fn)
+_run_plainly = _C.run_plainly
+_NOT_RUN = _C.NOT_RUN
 
-
-_compat.skip_frames_of(checkpoint, _run)
+checkpoint.__signature__ = inspect.signature(_checkpoint)  # type: ignore[attr-defined]
+_compat.skip_frames_of(checkpoint, _checkpoint, _run)
 
 
 class _Checkpointed:
@@ -396,6 +396,25 @@ class _Checkpointed:
         self._options = options
         self._function = function
         functools.update_wrapper(self, function, updated=())
+
+    def __getattr__(self, name: str) -> Any:
+        # What is not found here: attributes that other decorators gave the function, such as
+        # the mark of an abstract method.
+        return getattr(self.__dict__["_function"], name)
+
+    def __eq__(self, other: object) -> bool:
+        # A method is made anew whenever it is looked up.
+        if self is other or not isinstance(other, _Checkpointed):
+            return self is other
+        function = self._function
+        return (
+            isinstance(function, MethodType)
+            and function == other._function
+            and self._options is other._options
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._function) if isinstance(self._function, MethodType) else id(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._options["use_reentrant"] is None and not is_dynamo_compiling():

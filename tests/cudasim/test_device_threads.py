@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_helpers import draws, generator, leaf, needs_devices, offsets
-from helpers import both_forms
+from helpers import both_forms, plain
 from torch import Tensor
 
 from torch_reprise import GraphExecGroup, checkpoint, ledger
@@ -180,3 +180,58 @@ def test_replays_of_different_devices_do_not_wait_for_each_other(
     torch.autograd.backward([out.sum() for out in outs])
     assert calls == dict.fromkeys(range(count), 2)
     assert offsets() == standing
+
+
+class Waits(torch.autograd.Function):
+    """In backward, waits until somebody sets the event."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, event: threading.Event) -> Tensor:
+        ctx.event = event
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        assert ctx.event.wait(TIMEOUT), "the thread that waits for this backward ran nothing else"
+        return grad, None
+
+
+@both_forms
+def test_a_thread_that_waits_inside_of_a_replay_replays_what_else_is_ready(
+    use_reentrant: bool,
+) -> None:
+    """Its turn with the generator is the outer replay's, which it cannot wait for."""
+
+    def program(run: Callable[..., Tensor]) -> list[Any]:
+        torch.manual_seed(7)
+        xs = [leaf(), leaf()]
+        replayed = threading.Event()
+        threads: list[list[int]] = [[], []]
+
+        def waits(x: Tensor) -> Tensor:
+            threads[0].append(threading.get_ident())
+            x = draws(x)
+            if len(threads[0]) == 2:
+                y = leaf("cuda:0")
+                torch.autograd.grad(Waits.apply(y, replayed), y, torch.ones_like(y))
+                assert len(threads[1]) == 2
+            return draws(x)
+
+        def is_ready(x: Tensor) -> Tensor:
+            threads[1].append(threading.get_ident())
+            x = draws(x)
+            if len(threads[1]) == 2:
+                replayed.set()
+            return draws(x)
+
+        outs = [run(is_ready, xs[0]), run(waits, xs[1])]  # the last one is replayed first
+        torch.rand(3)
+        torch.autograd.backward([out.sum() for out in outs])
+        assert run is plain or threads == [[threading.get_ident()] * 2] * 2
+        return [*outs, *(x.grad for x in xs), torch.get_rng_state()]
+
+    def checkpointed(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return checkpoint(function, x, use_reentrant=use_reentrant)
+
+    for expected, found in zip(program(plain), program(checkpointed), strict=True):
+        assert torch.equal(expected, found)
