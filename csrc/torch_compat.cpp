@@ -1,6 +1,7 @@
 #include "torch_compat.h"
 
 #include <ATen/Context.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/SequenceNumber.h>
 #include <ATen/ThreadLocalPythonObjects.h>
@@ -15,6 +16,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -381,6 +383,51 @@ REPRISE_OPEN_MEMBER(InitialisedOfContext, at::Context, init_,
 bool is_initialised_in_core(c10::DeviceType type) {
   auto& flags = at::globalContext().*member_of(InitialisedOfContext());
   return flags[static_cast<size_t>(type)].test_once();
+}
+
+bool graph_task_executes(const ag::Node* node) {
+  const auto* nodes = ag::get_current_graph_task_nodes_in_graph();
+  return nodes != nullptr && nodes->count(const_cast<ag::Node*>(node)) != 0 &&
+         !graph_task_is_restricted();
+}
+
+namespace {
+
+bool has_hooks(ag::Node& node) {
+  return !node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() ||
+         !node.post_hooks().empty() || node.tensor_post_acc_grad_hooks() != nullptr;
+}
+
+// Is it of a class of torch's autograd in C++, of those that call no function of a user's?
+bool is_torchs_own(const ag::Node& node) {
+  // Classes that were; a graph has few.
+  thread_local std::array<const std::type_info*, 64> t_known{};
+  const std::type_info& type = typeid(node);
+  auto& known = t_known[(reinterpret_cast<uintptr_t>(&type) >> 4) % t_known.size()];
+  if (known == &type) {
+    return true;
+  }
+  const auto begins_with = [](std::string_view name, std::string_view prefix) {
+    return name.substr(0, prefix.size()) == prefix;
+  };
+  constexpr std::string_view kNamespace = "N5torch8autograd";
+  const std::string_view name = type.name();
+  if (!begins_with(name, kNamespace) || begins_with(name.substr(kNamespace.size()), "6PyNode") ||
+      begins_with(name.substr(kNamespace.size()), "7CppNode")) {
+    return false;
+  }
+  known = &type;
+  return true;
+}
+
+}  // namespace
+
+bool graph_task_runs_no_user_code() {
+  const auto* nodes = ag::get_current_graph_task_nodes_in_graph();
+  return nodes != nullptr && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !at::impl::torch_function_mode_enabled() &&
+         std::all_of(nodes->begin(), nodes->end(),
+                     [](ag::Node* node) { return is_torchs_own(*node) && !has_hooks(*node); });
 }
 
 std::string current_node_name() {

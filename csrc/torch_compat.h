@@ -174,6 +174,13 @@ void set_chain_token(uint64_t token);
 // they are first used? No driver is asked.
 bool is_initialised_in_core(c10::DeviceType type);
 
+// Does the backward call that this thread works for execute all of its graph, and this node in it?
+bool graph_task_executes(const torch::autograd::Node* node);
+
+// Is all that it executes torch's own: no hooks of tensors and nodes, no custom Functions, and no
+// modes that see what is executed? Looks at every node.
+bool graph_task_runs_no_user_code();
+
 // The node this thread is executing, e.g. "MulBackward0", or "".
 std::string current_node_name();
 

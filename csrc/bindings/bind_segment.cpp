@@ -95,6 +95,7 @@ Begun begin_segment(PyObject* function, PyObject* args, PyObject* kwargs, long f
   SegmentOptions options = options_of(flags);
   // Selective checkpointing has a check of its own, which can be turned off.
   options.check_versions = (flags & kOwnContexts) == 0;
+  options.may_be_ahead = replay_context == nullptr && debug_session == nullptr;
   return {Segment::begin(std::move(program), inputs, options, current_depth(), reach.generators,
                          reach.tensors),
           held};
@@ -143,7 +144,8 @@ PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
     return nullptr;
   }
   begun.program->settle();
-  segment->end_forward();
+  const bool is_tensor = THPVariable_Check(result.get());
+  segment->end_forward(is_tensor ? &THPVariable_Unpack(result.get()) : nullptr);
   return result.release();
 }
 

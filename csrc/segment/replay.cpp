@@ -466,7 +466,7 @@ std::string Replay::mismatch_message(Segment& segment) const {
 void Replay::fail(Segment& segment, const std::string& message) const {
   std::ostringstream out;
   out << "torch_reprise: " << message;
-  const std::string node = compat::current_node_name();
+  const std::string node = is_ahead ? std::string() : compat::current_node_name();
   if (!node.empty()) {
     out << "\nAsked for by the backward of " << node << ".";
   }

@@ -41,6 +41,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
                                            const std::vector<Reached>& reached) {
   auto segment = c10::intrusive_ptr<Segment>::make();
   segment->forward_thread_ = std::this_thread::get_id();
+  segment->first_node_ = at::sequence_number::peek();
   segment->program_ = std::move(program);
   segment->options_ = options;
   segment->depth_ = depth;
@@ -76,6 +77,12 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
       entry.is_leaf = input.is_leaf();
       entry.requires_grad = input.requires_grad();
       entry.has_history = entry.requires_grad && !entry.is_leaf;
+      if (entry.has_history && depth == 0) {
+        const Previous& last = Previous::last_ended();
+        if (last.node != nullptr && last.node == input.grad_fn().get()) {
+          segment->previous_ = last;
+        }
+      }
     }
     if (input.has_storage()) {
       segment->input_storages_.push_back(input.storage().unsafeGetStorageImpl());
@@ -138,7 +145,7 @@ void Segment::drop() noexcept {
   program_.reset();
 }
 
-void Segment::end_forward() {
+void Segment::end_forward(const at::Tensor* output) {
   for (auto& input : inputs_) {
     // Changed in place, it has a history inside of this segment's own graph: kept,
     // it would close a cycle that nobody frees. No replay can use it anyway.
@@ -169,6 +176,9 @@ void Segment::end_forward() {
     std::swap(stash_, needed);
     forward_done_ = true;
     bytes = bytes_not_saved_;
+  }
+  if (depth_ == 0) {
+    note_as_last_ended(output);
   }
   Ledger& ledger = Ledger::get();
   if (!in_replay_) {
@@ -337,7 +347,8 @@ class Segment::EndOfGraphTask {
   EndOfGraphTask(const EndOfGraphTask&) = delete;
   EndOfGraphTask& operator=(const EndOfGraphTask&) = delete;
 
-  static void add(Segment& segment, const compat::ReplayKey& key) {
+  // Of the task that this thread works for.
+  static std::shared_ptr<EndOfGraphTask> of(const compat::ReplayKey& key) {
     // The task may run its end on another thread, but not while a thread of it is
     // here: the list needs no lock.
     thread_local std::weak_ptr<EndOfGraphTask> newest;
@@ -347,11 +358,24 @@ class Segment::EndOfGraphTask {
       newest = end;
       compat::at_end_of_graph_task([end] {});
     }
-    end->segments_.emplace_back(c10::intrusive_ptr<Segment>::reclaim_copy(&segment));
+    return end;
+  }
+
+  void add(Segment& segment) {
+    segments_.emplace_back(c10::intrusive_ptr<Segment>::reclaim_copy(&segment));
+  }
+
+  // Note [Ahead]: does the task run nothing of the user's, in this process alone?
+  bool may_replay_ahead() {
+    if (!may_replay_ahead_.has_value()) {
+      may_replay_ahead_ = compat::graph_task_runs_no_user_code() && !host().is_distributed();
+    }
+    return *may_replay_ahead_;
   }
 
  private:
   compat::ReplayKey key_;
+  std::optional<bool> may_replay_ahead_;
   std::vector<c10::weak_intrusive_ptr<Segment>> segments_;
 };
 
@@ -435,7 +459,7 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
       if (key.is_group()) {
         group = compat::current_group();
       } else {
-        EndOfGraphTask::add(*this, key);
+        EndOfGraphTask::of(key)->add(*this);
       }
       prepared = true;
       lock.lock();
@@ -445,9 +469,86 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
       replays_.push_back(replay);
       prepared = !key.is_group();  // the next one needs a reference of its own
     }
+    const bool is_first = prepared && !key.is_group();
     replay->start(*this, std::nullopt);
     run_replay(lock, replay);
+    if (is_first && previous_.node != nullptr) {
+      lock.unlock();
+      replay_ahead(key);
+      lock.lock();
+    }
   }
+}
+
+// Note [Ahead]
+
+namespace {
+constexpr uint64_t kMostBytesAhead = 1 << 20;
+constexpr int kMostSegmentsAhead = 15;
+}  // namespace
+
+void Segment::note_as_last_ended(const at::Tensor* output) {
+  using Weak = c10::weak_intrusive_ptr<c10::intrusive_ptr_target>;
+  Previous& last = Previous::last_ended();
+  const ag::Node* node = output != nullptr ? output->grad_fn().get() : nullptr;
+  if (node == nullptr || node->sequence_nr() < first_node_) {
+    // fn has returned what somebody else made: its own graph may lie elsewhere.
+    last.node = nullptr;
+    return;
+  }
+  last.segment = Weak(c10::intrusive_ptr<c10::intrusive_ptr_target>::reclaim_copy(this));
+  last.node = node;
+}
+
+Segment::Previous& Segment::Previous::last_ended() {
+  thread_local Previous last;
+  return last;
+}
+
+c10::intrusive_ptr<Segment> Segment::Previous::lock() const {
+  return c10::static_intrusive_pointer_cast<Segment>(segment.lock());
+}
+
+bool Segment::may_be_ahead() const {
+  return options_.may_be_ahead && checks_versions_ && depth_ == 0 && !in_replay_ && !row_ &&
+         std::all_of(devices_.begin(), devices_.end(),
+                     [](c10::Device device) { return device.is_cpu(); });
+}
+
+void Segment::replay_ahead(const compat::ReplayKey& key) {
+  if (!may_be_ahead() || !EndOfGraphTask::of(key)->may_replay_ahead()) {
+    return;
+  }
+  uint64_t bytes = kMostBytesAhead;
+  const Segment* asked = this;
+  c10::intrusive_ptr<Segment> next;
+  for (int i = 0; i < kMostSegmentsAhead; ++i) {
+    auto previous = asked->previous_.lock();
+    if (!previous || !compat::graph_task_executes(asked->previous_.node) ||
+        !previous->replay_before_asked(key, &bytes)) {
+      return;
+    }
+    next = std::move(previous);
+    asked = next.get();
+  }
+}
+
+bool Segment::replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!forward_done_ || live_ == 0 || bytes_not_saved_ > *bytes || find_replay(key) != nullptr ||
+      !may_be_ahead()) {
+    return false;
+  }
+  *bytes -= bytes_not_saved_;
+  lock.unlock();
+  EndOfGraphTask::of(key)->add(*this);
+  auto replay = c10::make_intrusive<Replay>(key, /*keep=*/false, std::nullopt);
+  replay->is_ahead = true;
+  lock.lock();
+  replays_.push_back(replay);
+  replay->start(*this, std::nullopt);
+  run_replay(lock, replay);
+  return true;
 }
 
 void Segment::check_version(std::unique_lock<std::mutex>& lock, uint32_t index) {

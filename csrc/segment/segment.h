@@ -12,6 +12,26 @@
 //   release        the graph drops a SlotHooks: its slot is dead, what a replay
 //                  holds for it is freed
 //
+// Note [Ahead]
+//
+//   for block in blocks:
+//       x = checkpoint(block, x)
+//
+// A forward in the middle of a backward runs with cold caches: small blocks take half as long
+// again as in a loop of forwards, which is more than all bookkeeping. So when backward asks for
+// the first tensor of a segment, the segments that it will ask next are replayed as well, one
+// after the other. Nothing of the program can tell, for
+//   - the next one is the segment whose one output this one took, and the node of that output
+//     is in the graph that this backward call executes, all of it;
+//   - nothing of the user's runs between the replays and where they would have been: there are
+//     no hooks and no custom Functions in that graph, nor any modes around. (A hook could load
+//     what the next replay needs.);
+//   - all is on the CPU, where backward runs on one thread and has no streams, and there are no
+//     other processes that might wait;
+//   - what is recomputed before it is asked for is less than a mebibyte.
+// Segments inside of others, recorded ones (each is shown by itself), and those with contexts or
+// hooks of the user's are replayed when they are asked for.
+//
 // In the reentrant form (reentrant.h) there are no slots: the forward runs
 // without a graph and a node replays the segment inside backward.
 //
@@ -111,6 +131,7 @@ struct SegmentOptions {
   bool check_values = false;      // bits, by fingerprints
   bool check_rng = true;          // where the replay leaves the generators
   bool check_versions = true;     // in-place changes of tensors that were saved
+  bool may_be_ahead = true;       // Note [Ahead]: there is nothing of the user's around a replay
 };
 
 class Segment final : public c10::intrusive_ptr_target {
@@ -130,10 +151,10 @@ class Segment final : public c10::intrusive_ptr_target {
   // Is this thread saving the inputs of a segment that begins? What follows is no operator.
   static bool is_saving_inputs() noexcept;
 
-  // The forward is over and fn returned. Not called when fn raised. Throws
-  // CheckpointError if fn was the first to use a device whose generator's state
-  // before that cannot be known.
-  void end_forward();
+  // The forward is over and fn returned, `output` if that is one tensor. Not called when
+  // fn raised. Throws CheckpointError if fn was the first to use a device whose
+  // generator's state before that cannot be known.
+  void end_forward(const at::Tensor* output = nullptr);
 
   // --- called through SlotHooks, from any thread, without the interpreter lock ---
   uint32_t record(const at::Tensor& tensor);
@@ -171,6 +192,25 @@ class Segment final : public c10::intrusive_ptr_target {
   void release_resources() override;
   void drop() noexcept;
   void begin_row();  // a recording is on
+
+  // The segment whose one output is an input of another one.
+  struct Previous {
+    // Weak: a graph without the other one's owner frees it. Of Segment, which is not complete yet.
+    c10::weak_intrusive_ptr<c10::intrusive_ptr_target> segment{
+        c10::intrusive_ptr<c10::intrusive_ptr_target>()};
+    const torch::autograd::Node* node = nullptr;  // of that output; only compared
+
+    // The one that ended last on this thread with one output.
+    static Previous& last_ended();
+    c10::intrusive_ptr<Segment> lock() const;
+  };
+  void note_as_last_ended(const at::Tensor* output);
+  bool may_be_ahead() const;
+  // Replays those before this one that the graph task of `key` will ask for next. Without mutex_.
+  void replay_ahead(const compat::ReplayKey& key);
+  // Replays this one if that was not begun, and if what it recomputes has at most `*bytes`, which
+  // it takes off. False if it did not.
+  bool replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes);
 
   // Waits for the replay that fills the slot or runs it. Without mutex_.
   at::Tensor replay_and_unpack(const compat::ReplayKey& key, uint32_t index);
@@ -241,6 +281,9 @@ class Segment final : public c10::intrusive_ptr_target {
   c10::SmallVector<Input, 1> inputs_;
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
   c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
+
+  Previous previous_;        // written in begin(), read-only after
+  uint64_t first_node_ = 0;  // fn makes this and later ones, by number on forward_thread_
 
   // Of the thread that runs the forward, and used by it alone: the newest autograd
   // node when the last slot was recorded, by its number on this thread, and the line

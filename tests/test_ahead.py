@@ -1,0 +1,394 @@
+"""Replays ahead: small segments that follow each other in backward are replayed together.
+
+Seen by what a function finds in its replay: whether the weight of the segment after it has its
+gradient already. It has if each segment is replayed when backward asks for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_exact, leaf, plain
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils import checkpoint as torch_checkpoint
+
+import torch_reprise
+from torch_reprise import Checkpointer, CheckpointError, GraphExecGroup, checkpoint, ledger
+
+LENGTH = 4
+Call = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    result: Tensor = checkpoint(function, x, use_reentrant=False)
+    return result
+
+
+class Chain:
+    """Segments, each of which takes what the one before returned.
+
+    Attributes:
+        replayed: the numbers of the segments in the order of their replays.
+        ahead: of those, which were replayed before the one after them had its gradient.
+    """
+
+    def __init__(self, width: int = 4, length: int = LENGTH) -> None:
+        self.weights = [torch.full((width,), 0.5, requires_grad=True) for _ in range(length)]
+        self.calls = [0] * length
+        self.replayed: list[int] = []
+        self.ahead: list[int] = []
+
+    def segment(self, number: int) -> Callable[[Tensor], Tensor]:
+        def function(x: Tensor) -> Tensor:
+            self.calls[number] += 1
+            if self.calls[number] > 1:
+                self.replayed.append(number)
+                after = self.weights[number + 1 : number + 2]
+                if any(weight.grad is None for weight in after):
+                    self.ahead.append(number)
+            return dropout((x * self.weights[number]).sin(), 0.2).exp()
+
+        return function
+
+    def forward(self, x: Tensor, call: Call = checkpointed) -> Tensor:
+        for number in range(len(self.weights)):
+            x = call(self.segment(number), x)
+        return x
+
+
+@pytest.fixture
+def chain() -> Chain:
+    return Chain()
+
+
+ALL = [2, 1, 0]  # the last one is asked for
+
+
+def test_a_chain_is_replayed_together(chain: Chain) -> None:
+    before = ledger.replays()
+    chain.forward(leaf(4)).sum().backward()
+    assert chain.ahead == ALL and chain.replayed == [3, *ALL]
+    assert ledger.replays() == before + LENGTH
+
+
+def test_it_is_exact() -> None:
+    def program(run: Any) -> Any:
+        torch.manual_seed(1)
+        chain, x = Chain(length=20), leaf(4)
+        out = chain.forward(x, lambda function, x: run(function, x))
+        out.sum().backward()
+        return out, x.grad, [weight.grad for weight in chain.weights]
+
+    assert_exact(program, replays=20)
+
+
+def test_what_is_ahead_is_bounded() -> None:
+    """A segment of 100,000 floats keeps three tensors: 1.2 MB."""
+    large = Chain(width=100_000)
+    large.forward(leaf(100_000)).sum().backward()
+    assert large.ahead == []
+    middle = Chain(width=40_000)  # two of them
+    middle.forward(leaf(40_000)).sum().backward()
+    assert middle.ahead == [2, 1]
+    long = Chain(length=40)
+    long.forward(leaf(4)).sum().backward()
+    assert len(long.replayed) == 40
+    assert [number for number in range(39) if number not in long.ahead] == [7, 23]
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 2
+
+
+class Sees(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def with_hook_of_a_tensor(chain: Chain, x: Tensor) -> None:
+    out = chain.forward(x)
+    out.register_hook(lambda grad: None)
+    out.sum().backward()
+
+
+def with_hook_of_a_node(chain: Chain, x: Tensor) -> None:
+    out = chain.forward(x)
+    assert out.grad_fn is not None
+    out.grad_fn.register_prehook(lambda grads: None)
+    out.sum().backward()
+
+
+def with_hook_of_a_leaf(chain: Chain, x: Tensor) -> None:
+    chain.weights[0].register_post_accumulate_grad_hook(lambda weight: None)
+    chain.forward(x).sum().backward()
+
+
+def with_function_of_the_users(chain: Chain, x: Tensor) -> None:
+    Doubled.apply(chain.forward(x)).sum().backward()
+
+
+def with_mode(chain: Chain, x: Tensor) -> None:
+    out = chain.forward(x)
+    with Sees():
+        out.sum().backward()
+
+
+def with_restricted_call(chain: Chain, x: Tensor) -> None:
+    out = chain.forward(x)
+    for weight in reversed(chain.weights):
+        (weight.grad,) = torch.autograd.grad(out.sum(), weight, retain_graph=True)
+
+
+def with_something_between(chain: Chain, x: Tensor) -> None:
+    chain.forward(x, lambda function, x: checkpointed(function, x) + 1).sum().backward()
+
+
+def with_several_outputs(chain: Chain, x: Tensor) -> None:
+    chain.forward(
+        x,
+        lambda function, x: checkpoint(lambda x: (function(x), 1), x, use_reentrant=False)[0],
+    ).sum().backward()
+
+
+def with_group(chain: Chain, x: Tensor) -> None:
+    with GraphExecGroup():
+        chain.forward(x).sum().backward()
+
+
+def with_saved_tensors_hooks(chain: Chain, x: Tensor) -> None:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        out = chain.forward(x)
+    out.sum().backward()
+
+
+def with_contexts(chain: Chain, x: Tensor) -> None:
+    contexts = torch_reprise.create_selective_checkpoint_contexts
+    chain.forward(
+        x,
+        lambda function, x: checkpoint(
+            function, x, use_reentrant=False, context_fn=lambda: contexts([])
+        ),
+    ).sum().backward()
+
+
+def with_debug(chain: Chain, x: Tensor) -> None:
+    chain.forward(x, lambda f, x: Checkpointer(debug=True)(f, x)).sum().backward()
+
+
+def with_recording(chain: Chain, x: Tensor) -> None:
+    with ledger.record():
+        chain.forward(x).sum().backward()
+
+
+def inside_of_another(chain: Chain, x: Tensor) -> None:
+    chain.calls = [-1] * LENGTH  # the outer one calls each once more
+    checkpointed(chain.forward, x).sum().backward()
+
+
+REASONS = [
+    with_hook_of_a_tensor,
+    with_hook_of_a_node,
+    with_hook_of_a_leaf,
+    with_function_of_the_users,
+    with_mode,
+    with_something_between,
+    with_several_outputs,
+    with_group,
+    with_saved_tensors_hooks,
+    with_contexts,
+    with_debug,
+    with_recording,
+    inside_of_another,
+]
+
+
+@pytest.mark.parametrize("backward", REASONS)
+def test_reasons_to_wait_until_it_is_asked_for(
+    chain: Chain, backward: Callable[[Chain, Tensor], None]
+) -> None:
+    backward(chain, leaf(4))
+    assert chain.ahead == [] and {0, 1, 2} <= set(chain.replayed)
+
+
+def test_a_call_for_some_gradients_replays_what_it_needs(chain: Chain) -> None:
+    out = chain.forward(leaf(4))
+    torch.autograd.grad(out.sum(), chain.weights[-2])
+    assert chain.replayed == [3, 2]
+
+
+def test_what_is_not_asked_for_is_not_replayed(chain: Chain) -> None:
+    """The second half's graph ends at a detached tensor, though its segments follow the others."""
+
+    def cut(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return checkpointed(lambda x: function(x.detach()), x)
+
+    x = checkpointed(chain.segment(1), checkpointed(chain.segment(0), leaf(4)))
+    cut(chain.segment(2), x).sum().backward()
+    assert chain.replayed == [2]
+
+
+def test_a_function_that_returns_what_it_did_not_make(chain: Chain) -> None:
+    kept: list[Tensor] = []
+    made = leaf(4).sin()
+
+    def keeps(x: Tensor) -> Tensor:
+        kept.append(chain.segment(0)(x))
+        return made
+
+    x = checkpointed(keeps, leaf(4))
+    checkpointed(chain.segment(1), x).sum().backward()
+    assert chain.replayed == [1]
+    kept.clear()
+
+
+def test_a_graph_that_is_used_twice(chain: Chain) -> None:
+    x = leaf(4)
+    loss = chain.forward(x).sum()
+    loss.backward(retain_graph=True)
+    assert x.grad is not None
+    first = [x.grad, *(weight.grad for weight in chain.weights)]
+    for tensor in [x, *chain.weights]:
+        tensor.grad = None
+    loss.backward()
+    assert chain.calls == [3] * LENGTH and chain.ahead == ALL * 2
+    for before, now in zip(first, [x.grad, *(w.grad for w in chain.weights)], strict=True):
+        assert before is not None and now is not None and torch.equal(before, now)
+
+
+def test_higher_derivatives_are_exact() -> None:
+    def program(run: Any) -> Any:
+        torch.manual_seed(2)
+        chain, x = Chain(), leaf(4)
+        out = chain.forward(x, lambda function, x: run(function, x))
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return out, gradient, x.grad, [weight.grad for weight in chain.weights]
+
+    assert_exact(program, replays=None)
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    gc.collect()
+    before = ledger.live_segments(), ledger.live_slots(), torch.get_rng_state()
+    yield
+    gc.collect()
+    assert (ledger.live_segments(), ledger.live_slots()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.usefixtures("nothing_is_left")
+def test_an_error_ahead(error: type[BaseException]) -> None:
+    state = torch.get_rng_state()
+    chain = Chain()
+    whole = chain.segment(1)
+
+    def breaks(x: Tensor) -> Tensor:
+        if chain.calls[1] == 1:
+            chain.calls[1] += 1
+            raise error("in the replay")
+        return whole(x)
+
+    x = leaf(4)
+    for function in (chain.segment(0), breaks, chain.segment(2), chain.segment(3)):
+        x = checkpointed(function, x)
+    loss = x.sum()
+    standing = torch.get_rng_state()
+    with pytest.raises(error, match="in the replay"):
+        loss.backward(retain_graph=True)
+    assert torch.equal(torch.get_rng_state(), standing)
+    assert chain.replayed == [3, 2]
+    loss.backward()
+    assert chain.calls == [2, 3, 3, 3]
+    torch.set_rng_state(state)
+
+
+def test_the_error_of_a_replay_that_does_not_match_names_its_segment(chain: Chain) -> None:
+    shapes = iter([3, 5])
+
+    def grows(x: Tensor) -> Tensor:
+        return x + x.sum().expand(next(shapes)).sin().sum()
+
+    x = checkpointed(grows, leaf(4))
+    message = ""
+    try:
+        checkpointed(chain.segment(3), x).sum().backward()
+    except CheckpointError as error:
+        message = str(error)
+    assert "grows saves other tensors" in message
+    assert "Asked for by" not in message  # nobody has
+
+
+def test_threads_that_share_a_chain() -> None:
+    chain, x = Chain(), leaf(4)
+    shared = chain.forward(x)
+    losses = [shared.sin().sum(), shared.cos().sum()]
+    errors: list[BaseException] = []
+
+    def backward(loss: Tensor) -> None:
+        try:
+            loss.backward(retain_graph=True)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=backward, args=(loss,)) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors and sorted(chain.replayed) == sorted([*range(LENGTH)] * 2)
+
+
+def test_models_of_modules_with_buffers() -> None:
+    def program(run: Any) -> Any:
+        torch.manual_seed(3)
+        blocks = [
+            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.GELU())
+            for _ in range(5)
+        ]
+        x = torch.randn(8, 6, requires_grad=True)
+        results: list[Any] = []
+        for _ in range(2):
+            out = x
+            for block in blocks:
+                out = run(block, out)
+            out.square().sum().backward()
+            results.append(out)
+        return (
+            results,
+            x.grad,
+            [[*b.parameters()] for b in blocks],
+            [[*b.buffers()] for b in blocks],
+        )
+
+    assert_exact(program, replays=10)
+
+
+def test_the_upstream_entry_gives_the_same() -> None:
+    """What torch computes for such a chain, by bits."""
+    found = []
+    for entry in (checkpoint, torch_checkpoint.checkpoint, plain):
+        torch.manual_seed(4)
+        chain, x = Chain(), leaf(4)
+        call = entry if entry is plain else lambda f, x, e=entry: e(f, x, use_reentrant=False)
+        chain.forward(x, call).sum().backward()
+        found.append([x.grad, *(weight.grad for weight in chain.weights), torch.get_rng_state()])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
