@@ -391,6 +391,12 @@ bool graph_task_executes(const ag::Node* node) {
          !graph_task_is_restricted();
 }
 
+bool all_nodes_of_graph_task(c10::function_ref<bool(ag::Node&)> is_so) {
+  const auto* nodes = ag::get_current_graph_task_nodes_in_graph();
+  return nodes != nullptr && !graph_task_is_restricted() &&
+         std::all_of(nodes->begin(), nodes->end(), [&](ag::Node* node) { return is_so(*node); });
+}
+
 namespace {
 
 bool has_hooks(ag::Node& node) {
@@ -398,36 +404,71 @@ bool has_hooks(ag::Node& node) {
          !node.post_hooks().empty() || node.tensor_post_acc_grad_hooks() != nullptr;
 }
 
-// Is it of a class of torch's autograd in C++, of those that call no function of a user's?
-bool is_torchs_own(const ag::Node& node) {
-  // Classes that were; a graph has few.
-  thread_local std::array<const std::type_info*, 64> t_known{};
-  const std::type_info& type = typeid(node);
-  auto& known = t_known[(reinterpret_cast<uintptr_t>(&type) >> 4) % t_known.size()];
-  if (known == &type) {
-    return true;
+bool takes_subclasses(const ag::Node& node) {
+  for (uint32_t i = 0; i < node.num_inputs(); ++i) {
+    if (node.input_metadata(i).is_tensor_subclass()) {
+      return true;
+    }
   }
+  return false;
+}
+
+// What is asked of the class of a node, from its name, and remembered: a graph has few of them.
+struct NodeClass {
+  const std::type_info* type = nullptr;
+  bool is_torchs_own = false;  // autograd's in C++, of those that call no function of a user's
+  bool is_of_a_view = false;
+};
+
+NodeClass class_of(const std::type_info& type) {
+  constexpr std::string_view kNamespace = "N5torch8autograd";
+  constexpr std::string_view kGenerated = "N5torch8autograd9generated";
+  constexpr std::string_view kViews[] = {
+      "13ViewBackward0",           "9TBackward0",          "18TransposeBackward0",
+      "15ExpandBackward0",         "16PermuteBackward0",   "21ReshapeAliasBackward0",
+      "19UnsafeViewBackward0",     "15UnbindBackward0",    "14SplitBackward0",
+      "23SplitWithSizesBackward0", "15SelectBackward0",    "14SliceBackward0",
+      "16SqueezeBackward0",        "16SqueezeBackward1",   "18UnsqueezeBackward0",
+      "14AliasBackward0",          "18AsStridedBackward0", "16DiagonalBackward0",
+  };
   const auto begins_with = [](std::string_view name, std::string_view prefix) {
     return name.substr(0, prefix.size()) == prefix;
   };
-  constexpr std::string_view kNamespace = "N5torch8autograd";
   const std::string_view name = type.name();
-  if (!begins_with(name, kNamespace) || begins_with(name.substr(kNamespace.size()), "6PyNode") ||
-      begins_with(name.substr(kNamespace.size()), "7CppNode")) {
-    return false;
+  NodeClass found{.type = &type};
+  if (begins_with(name, kNamespace)) {
+    const auto rest = name.substr(kNamespace.size());
+    found.is_torchs_own = !begins_with(rest, "6PyNode") && !begins_with(rest, "7CppNode");
   }
-  known = &type;
-  return true;
+  if (begins_with(name, kGenerated)) {
+    const auto rest = name.substr(kGenerated.size());
+    found.is_of_a_view = std::any_of(std::begin(kViews), std::end(kViews),
+                                     [&](auto view) { return begins_with(rest, view); });
+  }
+  return found;
+}
+
+const NodeClass& class_of(const ag::Node& node) {
+  thread_local std::array<NodeClass, 64> t_known{};
+  const std::type_info& type = typeid(node);
+  auto& known = t_known[(reinterpret_cast<uintptr_t>(&type) >> 4) % t_known.size()];
+  if (known.type != &type) {
+    known = class_of(type);
+  }
+  return known;
 }
 
 }  // namespace
 
-bool graph_task_runs_no_user_code() {
-  const auto* nodes = ag::get_current_graph_task_nodes_in_graph();
-  return nodes != nullptr && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !at::impl::torch_function_mode_enabled() &&
-         std::all_of(nodes->begin(), nodes->end(),
-                     [](ag::Node* node) { return is_torchs_own(*node) && !has_hooks(*node); });
+bool runs_no_user_code(ag::Node& node, bool is_ours) {
+  return (is_ours || class_of(node).is_torchs_own) && !has_hooks(node) && !takes_subclasses(node);
+}
+
+bool is_of_a_view(const ag::Node& node) { return class_of(node).is_of_a_view; }
+
+bool modes_are_active() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         at::impl::torch_function_mode_enabled();
 }
 
 std::string current_node_name() {

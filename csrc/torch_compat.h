@@ -174,12 +174,18 @@ void set_chain_token(uint64_t token);
 // they are first used? No driver is asked.
 bool is_initialised_in_core(c10::DeviceType type);
 
-// Does the backward call that this thread works for execute all of its graph, and this node in it?
+// Of a backward call that executes all of its graph, not of one for some gradients: is this node
+// in the graph?
 bool graph_task_executes(const torch::autograd::Node* node);
-
-// Is all that it executes torch's own: no hooks of tensors and nodes, no custom Functions, and no
-// modes that see what is executed? Looks at every node.
-bool graph_task_runs_no_user_code();
+// The same of each node in it: is what `is_so` asks true of all? False for other calls.
+bool all_nodes_of_graph_task(c10::function_ref<bool(torch::autograd::Node&)> is_so);
+// Does a node run nothing but torch's own code in C++: no custom Function, no hooks, no tensor
+// subclass? (A node of ours: `is_ours`.)
+bool runs_no_user_code(torch::autograd::Node& node, bool is_ours = false);
+// Is a node the history of a view, that has no memory of its own?
+bool is_of_a_view(const torch::autograd::Node& node);
+// Are there modes on this thread that see what is executed?
+bool modes_are_active();
 
 // The node this thread is executing, e.g. "MulBackward0", or "".
 std::string current_node_name();

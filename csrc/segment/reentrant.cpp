@@ -8,8 +8,10 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <optional>
+#include <typeinfo>
 #include <unordered_set>
 
+#include "segment/ahead.h"
 #include "segment/ledger.h"
 #include "segment/replay_scope.h"
 #include "segment/timeline.h"
@@ -92,12 +94,22 @@ void ReentrantNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) co
                "use_reentrant=False."));
 }
 
+struct ReentrantNode::InnerGraph {
+  // One for each input that needs a gradient, and the edges to them.
+  std::vector<c10::intrusive_ptr<GradientSink>> sinks;
+  ag::edge_list input_edges;
+  std::vector<at::Tensor> outputs;
+};
+
+ReentrantNode::~ReentrantNode() = default;
+
+c10::intrusive_ptr<Segment> ReentrantNode::segment() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return segment_;
+}
+
 ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
-  c10::intrusive_ptr<Segment> segment;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    segment = segment_;
-  }
+  const auto segment = this->segment();
   TORCH_CHECK(segment, ag::ERR_BACKWARD_TWICE);
   if (c10::GradMode::is_enabled()) {
     host().throw_checkpoint_error(
@@ -106,28 +118,161 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
                  "create_graph=True. The reentrant form has no graph to differentiate again: pass "
                  "use_reentrant=False."));
   }
-  Ledger::get().count_replay(segment->row().get());
-  std::optional<RowTimer> timer(std::in_place, segment->row(), &LedgerRow::replay_seconds);
-  Timeline* const timeline = segment->timeline().get();
+  auto inner = take_ahead(ag::get_current_graph_task_id());
+  if (!inner) {
+    inner = replay(*segment);
+    replay_ahead(*segment, *inner);
+  }
+  return backward(*segment, *inner, std::move(grads));
+}
+
+// --- ahead.h
+
+namespace {
+
+// Does the backward of these outputs run nothing of the user's and stay on the CPU? Takes what the
+// graph keeps off `*bytes`, false if that is not enough. Which tensors a node keeps is not known;
+// taken for them is what all nodes have computed.
+bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes) {
+  std::unordered_set<const ag::Node*> seen;
+  std::vector<ag::Node*> open;
+  const auto add = [&](ag::Node* node) {
+    if (node != nullptr && seen.insert(node).second) {
+      open.push_back(node);
+    }
+  };
+  for (const auto& output : outputs) {
+    if (output.requires_grad()) {
+      add(ag::impl::gradient_edge(output).function.get());
+    }
+  }
+  while (!open.empty()) {
+    ag::Node& node = *open.back();
+    open.pop_back();
+    const bool is_sink = typeid(node) == typeid(GradientSink);
+    if (!compat::runs_no_user_code(node, is_sink)) {
+      return false;
+    }
+    if (is_sink || node.next_edges().empty()) {
+      continue;  // what it stands for is in memory anyway
+    }
+    for (uint32_t i = 0; i < node.num_inputs(); ++i) {
+      const auto& result = node.input_metadata(i);
+      if (!result.device().is_cpu() || result.is_nested_tensor()) {
+        return false;
+      }
+      if (compat::is_of_a_view(node)) {
+        break;
+      }
+      uint64_t size = result.dtype().itemsize();
+      for (const auto& length : result.shape_as_dim_vector()) {
+        size *= static_cast<uint64_t>(length.guard_int(__FILE__, __LINE__));
+      }
+      if (size > *bytes) {
+        return false;
+      }
+      *bytes -= size;
+    }
+    for (const auto& edge : node.next_edges()) {
+      add(edge.function.get());
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+// Drops what was replayed ahead and not asked for: the backward call has failed.
+class ReentrantNode::EndOfGraphTask {
+ public:
+  explicit EndOfGraphTask(int64_t task) : task_(task) {}
+  ~EndOfGraphTask() {
+    for (const auto& weak : nodes_) {
+      if (const auto node = weak.lock()) {
+        static_cast<ReentrantNode&>(*node).take_ahead(task_);
+      }
+    }
+  }
+  EndOfGraphTask(const EndOfGraphTask&) = delete;
+  EndOfGraphTask& operator=(const EndOfGraphTask&) = delete;
+
+  void add(const c10::intrusive_ptr<ag::Node>& node) { nodes_.emplace_back(node); }
+
+ private:
+  const int64_t task_;
+  std::vector<c10::weak_intrusive_ptr<ag::Node>> nodes_;
+};
+
+c10::intrusive_ptr<ag::Node> ReentrantNode::next_node() const {
+  for (const auto& edge : next_edges()) {
+    if (edge.function && typeid(*edge.function) == typeid(ReentrantNode) &&
+        Ahead::is_possible_in_nodes(*this, *edge.function)) {
+      return edge.function;
+    }
+  }
+  return {};
+}
+
+void ReentrantNode::replay_ahead(Segment& segment, const InnerGraph& inner) {
+  const compat::ReplayKey key = compat::current_replay_key();
+  auto next = key.is_group() || !segment.may_be_ahead() ? nullptr : next_node();
+  if (!next) {
+    return;
+  }
+  uint64_t bytes = Ahead::kMostBytes;
+  const InnerGraph* last = &inner;
+  std::shared_ptr<EndOfGraphTask> end;
+  for (int i = 0; i < Ahead::kMostSegments && next; ++i) {
+    auto& node = static_cast<ReentrantNode&>(*next);
+    const auto its_segment = node.segment();
+    if (!its_segment || !its_segment->may_be_ahead() ||
+        !is_small_and_plain(last->outputs, &bytes)) {
+      return;
+    }
+    if (!end) {
+      end = std::make_shared<EndOfGraphTask>(key.graph_task);
+      compat::at_end_of_graph_task([end] {});
+    }
+    end->add(next);
+    auto made = node.replay(*its_segment);
+    last = made.get();
+    {
+      std::lock_guard<std::mutex> lock(node.mutex_);
+      node.ahead_ = std::move(made);
+      node.ahead_for_ = key.graph_task;
+    }
+    next = node.next_node();
+  }
+}
+
+std::unique_ptr<ReentrantNode::InnerGraph> ReentrantNode::take_ahead(int64_t graph_task) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return ahead_for_ == graph_task ? std::move(ahead_) : nullptr;
+}
+
+// ---
+
+std::unique_ptr<ReentrantNode::InnerGraph> ReentrantNode::replay(Segment& segment) const {
+  Ledger::get().count_replay(segment.row().get());
+  std::optional<RowTimer> timer(std::in_place, segment.row(), &LedgerRow::replay_seconds);
+  Timeline* const timeline = segment.timeline().get();
   std::optional<Timeline::Span> span(std::in_place, timeline, Timeline::Kind::kReplay,
                                      Timeline::Kind::kReplayEnd);
-  std::vector<at::Tensor> inputs = segment->unpack_inputs();
-  ag::edge_list input_edges;
-  std::vector<c10::intrusive_ptr<GradientSink>> sinks;
+  std::vector<at::Tensor> inputs = segment.unpack_inputs();
+  auto inner = std::make_unique<InnerGraph>();
   for (size_t i = 0; i < inputs.size(); ++i) {
     inputs[i] = inputs[i].detach();
     if (needs_grad_[i]) {
       auto sink = c10::make_intrusive<GradientSink>();
       ag::set_history(inputs[i], sink);
-      input_edges.push_back(ag::impl::gradient_edge(inputs[i]));
-      sinks.push_back(std::move(sink));
+      inner->input_edges.push_back(ag::impl::gradient_edge(inputs[i]));
+      inner->sinks.push_back(std::move(sink));
     }
   }
-  std::vector<at::Tensor> outputs;
   std::string rng_differs;
   {
-    ReplayScope scope(*segment, /*inside_fn=*/false);
-    outputs = segment->program().run_for_outputs(std::move(inputs));
+    ReplayScope scope(segment, /*inside_fn=*/false);
+    inner->outputs = segment.program().run_for_outputs(std::move(inputs));
     rng_differs = scope.check_generators(/*stopped_early=*/false);
   }
   timer.reset();
@@ -135,23 +280,29 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   if (!rng_differs.empty()) {
     host().throw_checkpoint_error("torch_reprise: " + rng_differs);
   }
-  if (outputs.size() != grads.size()) {
-    host().throw_checkpoint_error(
-        c10::str("torch_reprise: the replay of ", segment->name(), " returned ", outputs.size(),
-                 " output tensors where its forward returned ", grads.size(), "."));
+  if (inner->outputs.size() != num_inputs()) {
+    host().throw_checkpoint_error(c10::str(
+        "torch_reprise: the replay of ", segment.name(), " returned ", inner->outputs.size(),
+        " output tensors where its forward returned ", num_inputs(), "."));
   }
   for (size_t i = 0; i < output_values_.size(); ++i) {
     const auto now =
-        output_values_[i].has_value() ? fingerprint_or_parts(outputs[i]) : std::nullopt;
+        output_values_[i].has_value() ? fingerprint_or_parts(inner->outputs[i]) : std::nullopt;
     if (now.has_value() && now != output_values_[i]) {
       host().throw_checkpoint_error(
-          c10::str("torch_reprise: the replay of ", segment->name(),
+          c10::str("torch_reprise: the replay of ", segment.name(),
                    " computes other values than its forward did (determinism_check=\"bitwise\"): "
                    "output ",
-                   i, ", ", TensorMeta::of(outputs[i]).describe(),
+                   i, ", ", TensorMeta::of(inner->outputs[i]).describe(),
                    ". use_reentrant=False compares every saved tensor and names the line."));
     }
   }
+  return inner;
+}
+
+ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
+                                          ag::variable_list&& grads) const {
+  std::vector<at::Tensor>& outputs = inner.outputs;
   ag::edge_list roots;
   ag::variable_list root_grads;
   bool any_output_has_history = false;
@@ -160,7 +311,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
     if (outputs[i].requires_grad() && grads[i].defined()) {
       if (outputs[i].sym_sizes() != grads[i].sym_sizes()) {
         host().throw_checkpoint_error(
-            c10::str("torch_reprise: the replay of ", segment->name(),
+            c10::str("torch_reprise: the replay of ", segment.name(),
                      " returned a tensor of shape ", outputs[i].sym_sizes(), " as output ", i,
                      " where its forward returned one of shape ", grads[i].sym_sizes(), "."));
       }
@@ -170,21 +321,22 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   }
   if (!any_output_has_history) {
     host().throw_checkpoint_error(c10::str(
-        "torch_reprise: no output of ", segment->name(),
+        "torch_reprise: no output of ", segment.name(),
         " requires grad when it is replayed, though backward asks for its gradient. Everything "
         "it returns is detached or was computed under no_grad; call it without checkpoint."));
   }
-  span.emplace(timeline, Timeline::Kind::kBackward, Timeline::Kind::kBackwardEnd);
+  const Timeline::Span span(segment.timeline().get(), Timeline::Kind::kBackward,
+                            Timeline::Kind::kBackwardEnd);
   ag::variable_list input_grads;
   if (!roots.empty()) {
     outputs.clear();
     ag::Engine& engine = ag::Engine::get_default_engine();
     if (compat::graph_task_is_restricted()) {
-      if (find_wanted_leaf(roots, input_edges) != nullptr) {
+      if (find_wanted_leaf(roots, inner.input_edges) != nullptr) {
         host().throw_checkpoint_error(c10::str(
             "torch_reprise: this backward call (autograd.grad, or backward with inputs=) asks for "
             "the gradient of a tensor that ",
-            segment->name(),
+            segment.name(),
             " reaches by itself and that is not among its arguments. With use_reentrant=True only "
             "arguments have an edge in the graph: pass the tensor as an argument, or pass "
             "use_reentrant=False."));
@@ -192,17 +344,18 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
       // The inner call is restricted to the sinks; nodes of this kind inside of it
       // must know what the outer one was asked for.
       const compat::WantedLeaves outer_call(compat::wanted_leaves());
-      input_grads = engine.execute(roots, root_grads, /*keep_graph=*/false,
-                                   /*create_graph=*/false, /*accumulate_grad=*/false, input_edges);
+      input_grads =
+          engine.execute(roots, root_grads, /*keep_graph=*/false,
+                         /*create_graph=*/false, /*accumulate_grad=*/false, inner.input_edges);
     } else {
       engine.execute(roots, root_grads, /*keep_graph=*/false, /*create_graph=*/false,
                      /*accumulate_grad=*/true);
-      for (const auto& sink : sinks) {
+      for (const auto& sink : inner.sinks) {
         input_grads.push_back(std::move(sink->gradient));
       }
     }
   } else {
-    input_grads.resize(input_edges.size());
+    input_grads.resize(inner.input_edges.size());
   }
   ag::variable_list result(needs_grad_.size());
   for (size_t i = 0, next = 0; i < result.size(); ++i) {

@@ -26,6 +26,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -39,6 +40,7 @@ class ReentrantNode final : public torch::autograd::Node {
   // `inputs` in the order in which the program takes them.
   ReentrantNode(c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs,
                 const std::vector<std::optional<at::Tensor>>& outputs);
+  ~ReentrantNode() override;
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
   void release_variables() override;
@@ -47,10 +49,29 @@ class ReentrantNode final : public torch::autograd::Node {
   std::string name() const override { return "RepriseCheckpointBackward"; }
 
  private:
+  // What a replay has made, whose backward is to be run.
+  struct InnerGraph;
+  class EndOfGraphTask;
+  std::unique_ptr<InnerGraph> replay(Segment& segment) const;
+  torch::autograd::variable_list backward(Segment& segment, InnerGraph& inner,
+                                          torch::autograd::variable_list&& grads) const;
+  c10::intrusive_ptr<Segment> segment();
+
+  // The node of the segment whose output is an input of this one's, if this backward call will
+  // execute it before any other of this kind; else null. See ahead.h.
+  c10::intrusive_ptr<torch::autograd::Node> next_node() const;
+  // Replays the segments of the nodes that come after this one, whose replay made `inner`.
+  void replay_ahead(Segment& segment, const InnerGraph& inner);
+  // What was replayed ahead for a graph task, if anything was.
+  std::unique_ptr<InnerGraph> take_ahead(int64_t graph_task);
+
   c10::intrusive_ptr<Segment> segment_;  // strong; null once the graph was freed
   std::vector<bool> needs_grad_;         // by input
   // By output, if values are checked; nothing where there are none that could be read.
   std::vector<std::optional<uint64_t>> output_values_;
+  // Made before it was asked for, guarded by mutex_.
+  std::unique_ptr<InnerGraph> ahead_;
+  int64_t ahead_for_ = -1;  // the graph task
 };
 
 // Gives the outputs of a forward that ran without a graph their history.

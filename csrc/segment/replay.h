@@ -119,7 +119,7 @@ class Replay final : public c10::intrusive_ptr_target {
   bool running = false;
   std::thread::id runner;
   bool expired = false;   // its task or group ended while it was running
-  bool is_ahead = false;  // nobody has asked yet: Note [Ahead]
+  bool is_ahead = false;  // nobody has asked for it yet: ahead.h
 
  private:
   struct Mismatch {

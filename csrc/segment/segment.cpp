@@ -9,6 +9,7 @@
 #include <chrono>
 
 #include "lease.h"
+#include "segment/ahead.h"
 #include "segment/ledger.h"
 #include "segment/replay.h"
 #include "segment/slot_hooks.h"
@@ -365,17 +366,8 @@ class Segment::EndOfGraphTask {
     segments_.emplace_back(c10::intrusive_ptr<Segment>::reclaim_copy(&segment));
   }
 
-  // Note [Ahead]: does the task run nothing of the user's, in this process alone?
-  bool may_replay_ahead() {
-    if (!may_replay_ahead_.has_value()) {
-      may_replay_ahead_ = compat::graph_task_runs_no_user_code() && !host().is_distributed();
-    }
-    return *may_replay_ahead_;
-  }
-
  private:
   compat::ReplayKey key_;
-  std::optional<bool> may_replay_ahead_;
   std::vector<c10::weak_intrusive_ptr<Segment>> segments_;
 };
 
@@ -480,12 +472,7 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
   }
 }
 
-// Note [Ahead]
-
-namespace {
-constexpr uint64_t kMostBytesAhead = 1 << 20;
-constexpr int kMostSegmentsAhead = 15;
-}  // namespace
+// --- ahead.h
 
 void Segment::note_as_last_ended(const at::Tensor* output) {
   using Weak = c10::weak_intrusive_ptr<c10::intrusive_ptr_target>;
@@ -516,13 +503,13 @@ bool Segment::may_be_ahead() const {
 }
 
 void Segment::replay_ahead(const compat::ReplayKey& key) {
-  if (!may_be_ahead() || !EndOfGraphTask::of(key)->may_replay_ahead()) {
+  if (!may_be_ahead() || !Ahead::is_possible_in_hooks()) {
     return;
   }
-  uint64_t bytes = kMostBytesAhead;
+  uint64_t bytes = Ahead::kMostBytes;
   const Segment* asked = this;
   c10::intrusive_ptr<Segment> next;
-  for (int i = 0; i < kMostSegmentsAhead; ++i) {
+  for (int i = 0; i < Ahead::kMostSegments; ++i) {
     auto previous = asked->previous_.lock();
     if (!previous || !compat::graph_task_executes(asked->previous_.node) ||
         !previous->replay_before_asked(key, &bytes)) {

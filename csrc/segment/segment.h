@@ -12,26 +12,6 @@
 //   release        the graph drops a SlotHooks: its slot is dead, what a replay
 //                  holds for it is freed
 //
-// Note [Ahead]
-//
-//   for block in blocks:
-//       x = checkpoint(block, x)
-//
-// A forward in the middle of a backward runs with cold caches: small blocks take half as long
-// again as in a loop of forwards, which is more than all bookkeeping. So when backward asks for
-// the first tensor of a segment, the segments that it will ask next are replayed as well, one
-// after the other. Nothing of the program can tell, for
-//   - the next one is the segment whose one output this one took, and the node of that output
-//     is in the graph that this backward call executes, all of it;
-//   - nothing of the user's runs between the replays and where they would have been: there are
-//     no hooks and no custom Functions in that graph, nor any modes around. (A hook could load
-//     what the next replay needs.);
-//   - all is on the CPU, where backward runs on one thread and has no streams, and there are no
-//     other processes that might wait;
-//   - what is recomputed before it is asked for is less than a mebibyte.
-// Segments inside of others, recorded ones (each is shown by itself), and those with contexts or
-// hooks of the user's are replayed when they are asked for.
-//
 // In the reentrant form (reentrant.h) there are no slots: the forward runs
 // without a graph and a node replays the segment inside backward.
 //
@@ -131,7 +111,7 @@ struct SegmentOptions {
   bool check_values = false;      // bits, by fingerprints
   bool check_rng = true;          // where the replay leaves the generators
   bool check_versions = true;     // in-place changes of tensors that were saved
-  bool may_be_ahead = true;       // Note [Ahead]: there is nothing of the user's around a replay
+  bool may_be_ahead = true;       // there is nothing of the user's around a replay: ahead.h
 };
 
 class Segment final : public c10::intrusive_ptr_target {
@@ -166,6 +146,8 @@ class Segment final : public c10::intrusive_ptr_target {
   // --- the replay's side ---
   // The inputs as tensors again, version-checked; may replay an enclosing segment.
   std::vector<at::Tensor> unpack_inputs() const;
+  // As far as it depends on the segment: see ahead.h.
+  bool may_be_ahead() const;
   Program& program() { return *program_; }
   const RngStash& stash() const { return stash_; }
   const AmbientState& ambient() const { return ambient_; }
@@ -205,7 +187,6 @@ class Segment final : public c10::intrusive_ptr_target {
     c10::intrusive_ptr<Segment> lock() const;
   };
   void note_as_last_ended(const at::Tensor* output);
-  bool may_be_ahead() const;
   // Replays those before this one that the graph task of `key` will ask for next. Without mutex_.
   void replay_ahead(const compat::ReplayKey& key);
   // Replays this one if that was not begun, and if what it recomputes has at most `*bytes`, which
