@@ -385,16 +385,8 @@ bool is_initialised_in_core(c10::DeviceType type) {
   return flags[static_cast<size_t>(type)].test_once();
 }
 
-bool graph_task_executes(const ag::Node* node) {
-  const auto* nodes = ag::get_current_graph_task_nodes_in_graph();
-  return nodes != nullptr && nodes->count(const_cast<ag::Node*>(node)) != 0 &&
-         !graph_task_is_restricted();
-}
-
-bool all_nodes_of_graph_task(c10::function_ref<bool(ag::Node&)> is_so) {
-  const auto* nodes = ag::get_current_graph_task_nodes_in_graph();
-  return nodes != nullptr && !graph_task_is_restricted() &&
-         std::all_of(nodes->begin(), nodes->end(), [&](ag::Node* node) { return is_so(*node); });
+const std::unordered_set<ag::Node*>* nodes_of_graph_task() {
+  return graph_task_is_restricted() ? nullptr : ag::get_current_graph_task_nodes_in_graph();
 }
 
 namespace {

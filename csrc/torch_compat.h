@@ -174,11 +174,9 @@ void set_chain_token(uint64_t token);
 // they are first used? No driver is asked.
 bool is_initialised_in_core(c10::DeviceType type);
 
-// Of a backward call that executes all of its graph, not of one for some gradients: is this node
-// in the graph?
-bool graph_task_executes(const torch::autograd::Node* node);
-// The same of each node in it: is what `is_so` asks true of all? False for other calls.
-bool all_nodes_of_graph_task(c10::function_ref<bool(torch::autograd::Node&)> is_so);
+// The nodes that the backward call of this thread executes, if that is all of its graph; null
+// outside of one, and in one for some gradients.
+const std::unordered_set<torch::autograd::Node*>* nodes_of_graph_task();
 // Does a node run nothing but torch's own code in C++: no custom Function, no hooks, no tensor
 // subclass? (A node of ours: `is_ours`.)
 bool runs_no_user_code(torch::autograd::Node& node, bool is_ours = false);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "open_member.h"
+#include "per_thread.h"
 
 namespace reprise {
 namespace {
@@ -248,8 +249,7 @@ TorchFlags TorchFlags::read() {
 }
 
 const std::shared_ptr<const TorchFlags>& TorchFlags::current() {
-  thread_local LastSeen t_last;
-  LastSeen& last = t_last;  // asked for once
+  LastSeen& last = per_thread<LastSeen>();
   if (!last.still_so()) {
     last.look();
     const TorchFlags now = read();

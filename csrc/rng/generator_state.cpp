@@ -431,10 +431,11 @@ size_t size_of(const c10::TensorImpl& bytes) {
 }  // namespace
 
 bool GeneratorState::is_untouched_since(HeldGenerator& generator) const {
-  if (kind_ != Kind::kMt19937) {
-    return false;
-  }
-  auto& cpu = cpu_of(generator);
+  return kind_ == Kind::kMt19937 && is_untouched(generator.impl());
+}
+
+bool GeneratorState::is_untouched(c10::GeneratorImpl& generator) const {
+  auto& cpu = static_cast<at::CPUGeneratorImpl&>(generator);
   const at::mt19937_data_pod& now = compat::mt19937_data(cpu);
   return stamp_of(now) == stamp_ && Mt19937::stands_at(cpu, now, *this);
 }
@@ -487,9 +488,6 @@ std::optional<GeneratorState> GeneratorState::other_glance(const at::Generator& 
     return std::nullopt;
   }
   HeldGenerator held(generator);
-  if (is_untouched_since(held)) {
-    return std::nullopt;
-  }
   std::optional<GeneratorState> now = glance(held);
   if (kind_ == Kind::kPhilox && *now == *this && now->kept_ == kept_) {
     now.reset();

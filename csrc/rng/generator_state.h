@@ -168,10 +168,13 @@ class GeneratorState {
   // the mark is the whole state, which is so for philox, or tells that it is not.
   bool is_state_of(HeldGenerator& generator, const GeneratorMark& mark) const;
 
-  // Is the generator of this glance still there, as far as that can be told without its mutex?
+  // Is the generator that this was told from still there, and was it since, as far as that can be
+  // told without its mutex? Whoever draws from it meanwhile does so before or after.
   bool is_still_of(const at::Generator& generator) const {
-    return is_glance() && compat::at_philox(*generator.unsafeGetGeneratorImpl(), *kept_,
-                                            philox_.seed, philox_.offset);
+    return kind_ == Kind::kMt19937
+               ? is_untouched(*generator.unsafeGetGeneratorImpl())
+               : is_glance() && compat::at_philox(*generator.unsafeGetGeneratorImpl(), *kept_,
+                                                  philox_.seed, philox_.offset);
   }
 
   bool operator==(const GeneratorState& other) const;
@@ -195,6 +198,7 @@ class GeneratorState {
  private:
   friend class GeneratorMark;
   friend DrawClock draw_clock(const at::Generator& generator);
+  bool is_untouched(c10::GeneratorImpl& cpu) const;
   struct Mt19937;  // what concerns that kind alone
 
   // What is left of pairs of normal samples.

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <memory>
 
+#include "per_thread.h"
 #include "rng/stream_capture.h"
 
 namespace reprise {
@@ -153,8 +154,7 @@ const RngSnapshot::Entries& RngSnapshot::none() {
 }
 
 const RngSnapshot& RngSnapshot::of_defaults() {
-  thread_local RngSnapshot t_last;
-  RngSnapshot& last = t_last;  // asked for once
+  RngSnapshot& last = per_thread<RngSnapshot>();
   // Nobody has it but us, which is so where each segment draws: its memory is used again.
   // The fence: whoever had it, on whatever thread, has read it.
   bool own = last.entries_.use_count() == 1;

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "per_thread.h"
+
 namespace reprise {
 namespace {
 
@@ -21,8 +23,7 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
                                       const c10::SmallVectorImpl<c10::Device>& devices) {
   // What the thread's last segment shares. It is ours too if it has what we would put there:
   // its first `same` entries are, as long as `unmoved` is null.
-  thread_local Shared t_last;
-  Shared& last = t_last;  // asked for once
+  Shared& last = per_thread<Shared>();
   const size_t size_of_last = size_of(last);
   size_t same = 0;
   std::shared_ptr<Entries> unmoved;
@@ -59,7 +60,7 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
   std::optional<bool> captured;
   for (const auto& e : begin.entries()) {
     if (e.state.is_still_of(e.generator)) {
-      if (!is_of_the_segment(e.generator)) {
+      if (!e.state.is_glance() || !is_of_the_segment(e.generator)) {
         continue;
       }
       if (!captured.has_value()) {

@@ -1,10 +1,12 @@
 #include "segment/ahead.h"
 
 #include <algorithm>
+#include <optional>
 #include <typeinfo>
 #include <vector>
 
 #include "host.h"
+#include "per_thread.h"
 #include "segment/reentrant.h"
 #include "torch_compat.h"
 
@@ -23,8 +25,7 @@ struct GraphTask {
 
   // The one that this thread works for.
   static const GraphTask& current() {
-    thread_local GraphTask t_last;
-    GraphTask& last = t_last;  // asked for once
+    GraphTask& last = per_thread<GraphTask>();
     const int64_t id = compat::current_replay_key().graph_task;
     if (last.id != id) {
       last = GraphTask{.id = id};
@@ -36,26 +37,28 @@ struct GraphTask {
  private:
   void look() {
     std::optional<uint64_t> thread;
-    runs_no_user_code = id >= 0 && !compat::modes_are_active() && !host().is_distributed() &&
-                        compat::all_nodes_of_graph_task([&](ag::Node& node) {
-                          const bool is_ours = typeid(node) == typeid(ReentrantNode);
+    const auto* nodes = id >= 0 ? compat::nodes_of_graph_task() : nullptr;
+    runs_no_user_code = nodes != nullptr && !compat::modes_are_active() &&
+                        !host().is_distributed() &&
+                        std::all_of(nodes->begin(), nodes->end(), [&](ag::Node* node) {
+                          const bool is_ours = typeid(*node) == typeid(ReentrantNode);
                           if (is_ours) {
-                            reentrant.push_back(node.sequence_nr());
-                            has_one_thread = has_one_thread &&
-                                             thread.value_or(node.thread_id()) == node.thread_id();
-                            thread = node.thread_id();
+                            reentrant.push_back(node->sequence_nr());
+                            has_one_thread = has_one_thread && thread.value_or(node->thread_id()) ==
+                                                                   node->thread_id();
+                            thread = node->thread_id();
                           }
-                          return compat::runs_no_user_code(node, is_ours);
+                          return compat::runs_no_user_code(*node, is_ours);
                         });
   }
 };
 
 }  // namespace
 
-bool Ahead::is_possible_in_hooks() {
+const std::unordered_set<ag::Node*>* Ahead::nodes_if_possible_in_hooks() {
   const GraphTask& task = GraphTask::current();
   // The inner graphs of reentrant nodes may run anything.
-  return task.runs_no_user_code && task.reentrant.empty();
+  return task.runs_no_user_code && task.reentrant.empty() ? compat::nodes_of_graph_task() : nullptr;
 }
 
 bool Ahead::is_possible_in_nodes(const ag::Node& node, const ag::Node& next) {

@@ -24,6 +24,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <cstdint>
+#include <unordered_set>
 
 namespace reprise {
 
@@ -33,8 +34,9 @@ class Ahead {
   static constexpr uint64_t kMostBytes = 1 << 20;
   static constexpr int kMostSegments = 15;
 
-  // In the backward call that this thread works for; looks at every node of it the first time.
-  static bool is_possible_in_hooks();
+  // In the backward call that this thread works for: the nodes that it executes if segments with
+  // hooks may be replayed ahead; else null. Looks at every node of it the first time.
+  static const std::unordered_set<torch::autograd::Node*>* nodes_if_possible_in_hooks();
   // For segments in the reentrant form: will `next` be the first node of that form that is
   // executed after `node`?
   static bool is_possible_in_nodes(const torch::autograd::Node& node,

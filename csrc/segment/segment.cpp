@@ -9,6 +9,7 @@
 #include <chrono>
 
 #include "lease.h"
+#include "per_thread.h"
 #include "segment/ahead.h"
 #include "segment/ledger.h"
 #include "segment/replay.h"
@@ -79,9 +80,9 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
       entry.requires_grad = input.requires_grad();
       entry.has_history = entry.requires_grad && !entry.is_leaf;
       if (entry.has_history && depth == 0) {
-        const Previous& last = Previous::last_ended();
+        Previous& last = Previous::last_ended();
         if (last.node != nullptr && last.node == input.grad_fn().get()) {
-          segment->previous_ = last;
+          segment->previous_ = std::exchange(last, {});
         }
       }
     }
@@ -352,7 +353,7 @@ class Segment::EndOfGraphTask {
   static std::shared_ptr<EndOfGraphTask> of(const compat::ReplayKey& key) {
     // The task may run its end on another thread, but not while a thread of it is
     // here: the list needs no lock.
-    thread_local std::weak_ptr<EndOfGraphTask> newest;
+    auto& newest = per_thread<std::weak_ptr<EndOfGraphTask>>();
     auto end = newest.lock();
     if (!end || !(end->key_ == key)) {
       end = std::make_shared<EndOfGraphTask>(key);
@@ -363,7 +364,7 @@ class Segment::EndOfGraphTask {
   }
 
   void add(Segment& segment) {
-    segments_.emplace_back(c10::intrusive_ptr<Segment>::reclaim_copy(&segment));
+    segments_.push_back(c10::weak_intrusive_ptr<Segment>::reclaim_copy(&segment));
   }
 
  private:
@@ -475,22 +476,18 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
 // --- ahead.h
 
 void Segment::note_as_last_ended(const at::Tensor* output) {
-  using Weak = c10::weak_intrusive_ptr<c10::intrusive_ptr_target>;
   Previous& last = Previous::last_ended();
-  const ag::Node* node = output != nullptr ? output->grad_fn().get() : nullptr;
+  ag::Node* node = output != nullptr ? output->grad_fn().get() : nullptr;
   if (node == nullptr || node->sequence_nr() < first_node_) {
     // fn has returned what somebody else made: its own graph may lie elsewhere.
     last.node = nullptr;
     return;
   }
-  last.segment = Weak(c10::intrusive_ptr<c10::intrusive_ptr_target>::reclaim_copy(this));
+  last.segment = decltype(last.segment)::reclaim_copy(this);
   last.node = node;
 }
 
-Segment::Previous& Segment::Previous::last_ended() {
-  thread_local Previous last;
-  return last;
-}
+Segment::Previous& Segment::Previous::last_ended() { return per_thread<Previous>(); }
 
 c10::intrusive_ptr<Segment> Segment::Previous::lock() const {
   return c10::static_intrusive_pointer_cast<Segment>(segment.lock());
@@ -503,35 +500,34 @@ bool Segment::may_be_ahead() const {
 }
 
 void Segment::replay_ahead(const compat::ReplayKey& key) {
-  if (!may_be_ahead() || !Ahead::is_possible_in_hooks()) {
+  const auto* nodes = may_be_ahead() ? Ahead::nodes_if_possible_in_hooks() : nullptr;
+  if (nodes == nullptr) {
     return;
   }
+  const auto end = EndOfGraphTask::of(key);
   uint64_t bytes = Ahead::kMostBytes;
   const Segment* asked = this;
   c10::intrusive_ptr<Segment> next;
-  for (int i = 0; i < Ahead::kMostSegments; ++i) {
+  for (int i = 0; i < Ahead::kMostSegments && nodes->count(asked->previous_.node) != 0; ++i) {
     auto previous = asked->previous_.lock();
-    if (!previous || !compat::graph_task_executes(asked->previous_.node) ||
-        !previous->replay_before_asked(key, &bytes)) {
+    if (!previous || !previous->replay_before_asked(key, &bytes)) {
       return;
     }
+    end->add(*previous);
     next = std::move(previous);
     asked = next.get();
   }
 }
 
 bool Segment::replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes) {
+  auto replay = c10::make_intrusive<Replay>(key, /*keep=*/false, std::nullopt);
+  replay->is_ahead = true;
   std::unique_lock<std::mutex> lock(mutex_);
   if (!forward_done_ || live_ == 0 || bytes_not_saved_ > *bytes || find_replay(key) != nullptr ||
       !may_be_ahead()) {
     return false;
   }
   *bytes -= bytes_not_saved_;
-  lock.unlock();
-  EndOfGraphTask::of(key)->add(*this);
-  auto replay = c10::make_intrusive<Replay>(key, /*keep=*/false, std::nullopt);
-  replay->is_ahead = true;
-  lock.lock();
   replays_.push_back(replay);
   replay->start(*this, std::nullopt);
   run_replay(lock, replay);

@@ -180,7 +180,7 @@ class Segment final : public c10::intrusive_ptr_target {
     // Weak: a graph without the other one's owner frees it. Of Segment, which is not complete yet.
     c10::weak_intrusive_ptr<c10::intrusive_ptr_target> segment{
         c10::intrusive_ptr<c10::intrusive_ptr_target>()};
-    const torch::autograd::Node* node = nullptr;  // of that output; only compared
+    torch::autograd::Node* node = nullptr;  // of that output; only compared
 
     // The one that ended last on this thread with one output.
     static Previous& last_ended();
