@@ -180,7 +180,7 @@ bool default_device_is_set() {
 }  // namespace
 
 std::string AmbientState::settings_diff() const {
-  if (!flags_) {
+  if (flags_ == nullptr) {
     return {};
   }
   std::string text = flags_->diff(*TorchFlags::current());
@@ -219,8 +219,7 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
   const bool needs_cpu = !state.has_default_device_ && default_device_is_set();
   const auto cpu = needs_cpu ? host().cpu_device_mode() : nullptr;
   outer_flags_ = TorchFlags::current();
-  const bool differ = state.flags_ != outer_flags_ && *state.flags_ != *outer_flags_;
-  if (differ || Lease::held_by_others(Lease::Kind::kSettings)) {
+  if (state.flags_ != outer_flags_ || Lease::held_by_others(Lease::Kind::kSettings)) {
     settings_.emplace(Lease::Kind::kSettings, Lease::Keys{&kSettings},
                       [](size_t) { return std::string("the settings of torch"); });
     outer_flags_ = TorchFlags::current();
@@ -305,7 +304,7 @@ AmbientScope::~AmbientScope() {
     empty_cast_cache();
   }
   set_device(outer_device_);
-  if (const auto& now = TorchFlags::current(); now != outer_flags_) {
+  if (const TorchFlags* now = TorchFlags::current(); now != outer_flags_) {
     outer_flags_->apply(*now);
   }
 }

@@ -79,7 +79,7 @@ class AmbientState {
   using FunctionMode = std::shared_ptr<c10::SafePyObject>;
   using DispatchMode = std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>;
 
-  std::shared_ptr<const TorchFlags> flags_;  // null: nothing was noted
+  const TorchFlags* flags_ = nullptr;  // null: nothing was noted
   std::optional<c10::Device> device_;
   bool has_default_device_ = false;
   bool inside_autocast_ = false;  // in a context of autocast, be it on or off
@@ -102,7 +102,7 @@ class AmbientScope {
  private:
   bool active_;
   std::optional<Lease> settings_;  // while they are other ones than around the replay
-  std::shared_ptr<const TorchFlags> outer_flags_;
+  const TorchFlags* outer_flags_ = nullptr;
   std::optional<c10::Device> outer_device_;
   AutocastState outer_autocast_;
   bool clears_casts_ = false;

@@ -5,9 +5,13 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <new>
+#include <set>
 #include <sstream>
 #include <type_traits>
 #include <unordered_map>
@@ -204,14 +208,14 @@ struct Memory {
 
 // What the memory looked like when the flags were read last.
 struct LastSeen {
-  std::shared_ptr<const TorchFlags> flags;
+  const TorchFlags* flags = nullptr;
   at::ScalarType default_dtype;
   c10::SmallVector<at::Float32Precision, 16> precisions;
   c10::SmallVector<std::byte, 256> bytes;
 
   bool still_so() const {
     const Memory& memory = Memory::get();
-    if (!flags || default_dtype != c10::get_default_dtype_as_scalartype() ||
+    if (flags == nullptr || default_dtype != c10::get_default_dtype_as_scalartype() ||
         std::memcmp(bytes.data(), memory.begin, memory.size) != 0) {
       return false;
     }
@@ -248,20 +252,28 @@ TorchFlags TorchFlags::read() {
   return flags;
 }
 
-const std::shared_ptr<const TorchFlags>& TorchFlags::current() {
+const TorchFlags* TorchFlags::the_one_equal_to(const TorchFlags& flags) {
+  static std::mutex mutex;
+  static auto& all = *[] {
+    // A thread that held the lock when the process forked is not in the child.
+    pthread_atfork(nullptr, nullptr, [] { new (&mutex) std::mutex; });
+    return new std::set<TorchFlags>;  // never destroyed: segments may outlive static teardown
+  }();
+  std::lock_guard<std::mutex> lock(mutex);
+  return &*all.insert(flags).first;
+}
+
+const TorchFlags* TorchFlags::current() {
   LastSeen& last = per_thread<LastSeen>();
   if (!last.still_so()) {
     last.look();
-    const TorchFlags now = read();
-    if (!last.flags || !(*last.flags == now)) {
-      last.flags = std::make_shared<const TorchFlags>(now);
-    }
+    last.flags = the_one_equal_to(read());
   }
   return last.flags;
 }
 
 void TorchFlags::apply(const TorchFlags& now) const {
-  if (*this == now) {
+  if (this == &now) {
     return;
   }
   if (bytes_[0] != now.bytes_[0]) {

@@ -8,22 +8,21 @@
 #pragma once
 
 #include <array>
+#include <compare>
 #include <cstddef>
-#include <memory>
 #include <string>
 
 namespace reprise {
 
 class TorchFlags {
  public:
-  // As they are now. The same object as in the thread's last call if nothing was changed
-  // meanwhile, so that a segment keeps a pointer and most comparisons are of pointers.
-  // Valid until the thread's next call.
-  static const std::shared_ptr<const TorchFlags>& current();
+  // As they are now. Equal ones are one object, which stays for ever, so that a segment keeps a
+  // pointer and comparisons are of pointers; a program meets few.
+  static const TorchFlags* current();
 
   // Sets what differs from `now`, the current state.
   void apply(const TorchFlags& now) const;
-  bool operator==(const TorchFlags&) const = default;
+  auto operator<=>(const TorchFlags&) const = default;
 
   // "default dtype was float64 in the forward, is float32 now", a line per setting that
   // differs; empty if none does.
@@ -31,6 +30,7 @@ class TorchFlags {
 
  private:
   static TorchFlags read();
+  static const TorchFlags* the_one_equal_to(const TorchFlags& flags);
 
   static constexpr size_t kBytes = 128;
   std::array<std::byte, kBytes> bytes_{};  // in the order of the table; the rest is 0

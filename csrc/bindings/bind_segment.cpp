@@ -109,9 +109,6 @@ bool is_plain_call() { return !c10::GradMode::is_enabled() || compat::inside_fun
 // `generators`, a tuple, may be None.
 PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
               PyObject* context_fn, PyObject* debug_session, PyObject* generators) {
-  if (compat::is_traced()) {
-    return Py_NewRef(not_run());
-  }
   if (is_plain_call()) {
     return PyObject_Call(function, args, kwargs);
   }
@@ -133,7 +130,7 @@ PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
     const RowTimer timer(segment->row(), &LedgerRow::forward_seconds);
     const Timeline::Span span(segment->timeline().get(), Timeline::Kind::kForward,
                               Timeline::Kind::kForwardEnd);
-    compat::HookScope hooks(host().make_hook_pair(c10::make_intrusive<ForwardRecorder>(segment)));
+    compat::HookScope hooks(host().make_hook_pair(segment));
     const DynamoPaused paused;
     result = call_in_context(forward_context.get(), function, args, kwargs, &suppressed);
   }
@@ -170,8 +167,7 @@ class OpenSegment {
         timer_(std::in_place, begun_.segment->row(), &LedgerRow::forward_seconds),
         span_(std::in_place, begun_.segment->timeline().get(), Timeline::Kind::kForward,
               Timeline::Kind::kForwardEnd),
-        hooks_(std::in_place,
-               host().make_hook_pair(c10::make_intrusive<ForwardRecorder>(begun_.segment))) {}
+        hooks_(std::in_place, host().make_hook_pair(begun_.segment)) {}
 
   // The forward returned.
   void end() {

@@ -222,6 +222,7 @@ void ReentrantNode::replay_ahead(Segment& segment, const InnerGraph& inner) {
   uint64_t bytes = Ahead::kMostBytes;
   const InnerGraph* last = &inner;
   std::shared_ptr<EndOfGraphTask> end;
+  const InterpreterHeld held;  // once for all of them
   for (int i = 0; i < Ahead::kMostSegments && next; ++i) {
     auto& node = static_cast<ReentrantNode&>(*next);
     const auto its_segment = node.segment();

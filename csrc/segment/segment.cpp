@@ -508,6 +508,7 @@ void Segment::replay_ahead(const compat::ReplayKey& key) {
   uint64_t bytes = Ahead::kMostBytes;
   const Segment* asked = this;
   c10::intrusive_ptr<Segment> next;
+  const InterpreterHeld held;  // once for all of them
   for (int i = 0; i < Ahead::kMostSegments && nodes->count(asked->previous_.node) != 0; ++i) {
     auto previous = asked->previous_.lock();
     if (!previous || !previous->replay_before_asked(key, &bytes)) {
@@ -693,8 +694,8 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
 // The recorder of the forward
 // ---------------------------------------------------------------------------
 
-std::unique_ptr<ag::SavedVariableHooks> ForwardRecorder::make_hooks() {
-  return std::make_unique<SlotHooks>(segment_);
+std::unique_ptr<ag::SavedVariableHooks> Segment::make_hooks() {
+  return std::make_unique<SlotHooks>(c10::intrusive_ptr<Segment>::reclaim_copy(this));
 }
 
 int current_depth() {

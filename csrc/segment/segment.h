@@ -3,7 +3,7 @@
 // The life of a segment in the non-reentrant form:
 //
 //   begin          the inputs are saved, the ambient state and the generators noted
-//   forward        fn runs while a ForwardRecorder of this segment is on torch's
+//   forward        fn runs while this segment is the recorder on torch's
 //                  hook stack; each tensor that autograd saves becomes a slot, and
 //                  the graph gets a SlotHooks object in the tensor's place
 //   end_forward    only the generators that moved stay in the stash
@@ -114,7 +114,7 @@ struct SegmentOptions {
   bool may_be_ahead = true;       // there is nothing of the user's around a replay: ahead.h
 };
 
-class Segment final : public c10::intrusive_ptr_target {
+class Segment final : public Recorder {
  public:
   // `generators`: explicit ones that fn may draw from. `reached`: tensors that it
   // reaches by itself.
@@ -136,6 +136,10 @@ class Segment final : public c10::intrusive_ptr_target {
   // generator's state before that cannot be known.
   void end_forward(const at::Tensor* output = nullptr);
 
+  // --- the recorder of its forward ---
+  std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
+  int depth() const override { return depth_; }
+
   // --- called through SlotHooks, from any thread, without the interpreter lock ---
   uint32_t record(const at::Tensor& tensor);
   at::Tensor unpack(uint32_t index);
@@ -153,7 +157,6 @@ class Segment final : public c10::intrusive_ptr_target {
   const AmbientState& ambient() const { return ambient_; }
   const ReachedState& reached() const { return reached_; }
   const SegmentOptions& options() const { return options_; }
-  int depth() const { return depth_; }
   const std::shared_ptr<LedgerRow>& row() const { return row_; }
   const std::shared_ptr<Timeline>& timeline() const { return timeline_; }
   const std::shared_ptr<Timeline>& holder() const { return holder_; }
@@ -291,17 +294,6 @@ class Segment final : public c10::intrusive_ptr_target {
   Segment* ledger_next_ = nullptr;
 
   bool dropped_ = false;  // by whoever drops the last reference; no lock needed
-};
-
-// What is put onto the hook stack while a segment's forward runs.
-class ForwardRecorder final : public Recorder {
- public:
-  explicit ForwardRecorder(c10::intrusive_ptr<Segment> segment) : segment_(std::move(segment)) {}
-  std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
-  int depth() const override { return segment_->depth(); }
-
- private:
-  c10::intrusive_ptr<Segment> segment_;  // strong; the pair leaves the stack when fn returns
 };
 
 // The group is over: nothing recomputed in it is needed any more.

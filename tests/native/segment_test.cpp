@@ -60,8 +60,7 @@ at::Tensor checkpoint(const Function& function, const Tensors& inputs,
                                 reprise::current_depth());
   at::Tensor output;
   {
-    reprise::compat::HookScope hooks(
-        host.make_hook_pair(c10::make_intrusive<reprise::ForwardRecorder>(segment)));
+    reprise::compat::HookScope hooks(host.make_hook_pair(segment));
     output = function(inputs)[0];
   }
   segment->end_forward();
