@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <optional>
 #include <typeinfo>
 #include <unordered_set>
@@ -239,8 +240,7 @@ void ReentrantNode::replay_ahead(Segment& segment, const InnerGraph& inner) {
     last = made.get();
     {
       std::lock_guard<std::mutex> lock(node.mutex_);
-      node.ahead_ = std::move(made);
-      node.ahead_for_ = key.graph_task;
+      node.ahead_.emplace_back(key.graph_task, std::move(made));
     }
     next = node.next_node();
   }
@@ -248,7 +248,14 @@ void ReentrantNode::replay_ahead(Segment& segment, const InnerGraph& inner) {
 
 std::unique_ptr<ReentrantNode::InnerGraph> ReentrantNode::take_ahead(int64_t graph_task) {
   std::lock_guard<std::mutex> lock(mutex_);
-  return ahead_for_ == graph_task ? std::move(ahead_) : nullptr;
+  const auto made = std::find_if(ahead_.begin(), ahead_.end(),
+                                 [&](const auto& ahead) { return ahead.first == graph_task; });
+  if (made == ahead_.end()) {
+    return nullptr;
+  }
+  auto taken = std::move(made->second);
+  ahead_.erase(made);
+  return taken;
 }
 
 // ---

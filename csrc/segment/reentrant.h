@@ -29,6 +29,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "segment/segment.h"
@@ -69,9 +70,9 @@ class ReentrantNode final : public torch::autograd::Node {
   std::vector<bool> needs_grad_;         // by input
   // By output, if values are checked; nothing where there are none that could be read.
   std::vector<std::optional<uint64_t>> output_values_;
-  // Made before it was asked for, guarded by mutex_.
-  std::unique_ptr<InnerGraph> ahead_;
-  int64_t ahead_for_ = -1;  // the graph task
+  // Made before they were asked for, by graph task; several threads may use one graph. Guarded by
+  // mutex_.
+  std::vector<std::pair<int64_t, std::unique_ptr<InnerGraph>>> ahead_;
 };
 
 // Gives the outputs of a forward that ran without a graph their history.

@@ -32,7 +32,7 @@ class ReplayHooks final : public ag::SavedVariableHooks {
 
  private:
   // Valid until the one call of call_pack_hook, which torch makes right after the
-  // recorder made this object: the recorder lies on the hook stack and owns both.
+  // recorder made this object: the recorder, which lies on the hook stack, is the replay.
   Segment* segment_;
   Replay* replay_;
   at::Tensor values_;  // strong, without history
@@ -62,6 +62,26 @@ void Replay::drop_from_holder(size_t index) {
   }
 }
 
+// Makes a replay the recorder of its run for a scope.
+class Replay::Running {
+ public:
+  Running(Replay& replay, Segment& segment) : replay_(replay) {
+    replay.running_ = &segment;
+    replay.depth_ = segment.depth();
+  }
+  ~Running() { replay_.running_ = nullptr; }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+
+ private:
+  Replay& replay_;
+};
+
+std::unique_ptr<ag::SavedVariableHooks> Replay::make_hooks() {
+  // Somebody has kept the pair of a run that is over: autograd saves as it does without hooks.
+  return running_ == nullptr ? nullptr : std::make_unique<ReplayHooks>(*running_, *this);
+}
+
 void Replay::run(Segment& segment) {
   // First, and outside of every scope: an input may be a slot of an enclosing
   // segment, whose replay has an environment of its own.
@@ -71,9 +91,9 @@ void Replay::run(Segment& segment) {
   {
     ReplayScope scope(segment, /*inside_fn=*/!forward_was_done_);
     const InterpreterHeld held;  // once for fn and for the pair around it
-    compat::HookScope hooks(host().make_hook_pair(
-        c10::make_intrusive<ReplayRecorder>(c10::intrusive_ptr<Segment>::reclaim_copy(&segment),
-                                            c10::intrusive_ptr<Replay>::reclaim_copy(this))));
+    const Running running(*this, segment);
+    compat::HookScope hooks(
+        host().make_hook_pair(c10::intrusive_ptr<Recorder>::reclaim_copy(this)));
     const auto outcome = segment.program().run(std::move(inputs), stopped_);
     if (segment.options().check_values) {
       compare_values(segment, value_notes_.finish());
@@ -483,21 +503,5 @@ void Replay::fail(Segment& segment, const std::string& message) const {
   host().throw_checkpoint_error(out.str());
   std::abort();  // not reached; the compiler does not believe a virtual's noreturn
 }
-
-// ---------------------------------------------------------------------------
-// The recorder
-// ---------------------------------------------------------------------------
-
-ReplayRecorder::ReplayRecorder(c10::intrusive_ptr<Segment> segment,
-                               c10::intrusive_ptr<Replay> replay)
-    : segment_(std::move(segment)), replay_(std::move(replay)) {}
-
-ReplayRecorder::~ReplayRecorder() = default;
-
-std::unique_ptr<ag::SavedVariableHooks> ReplayRecorder::make_hooks() {
-  return std::make_unique<ReplayHooks>(*segment_, *replay_);
-}
-
-int ReplayRecorder::depth() const { return segment_->depth(); }
 
 }  // namespace reprise

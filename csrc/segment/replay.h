@@ -87,7 +87,7 @@ class ReplayMark {
   const std::shared_ptr<Timeline>& timeline_;
 };
 
-class Replay final : public c10::intrusive_ptr_target {
+class Replay final : public Recorder {
  public:
   // `keep`: unpacks leave the values here (a group whose end we are told).
   Replay(compat::ReplayKey key, bool keep, std::optional<c10::SafePyObject> group)
@@ -98,6 +98,10 @@ class Replay final : public c10::intrusive_ptr_target {
   // Runs fn with everything as in the forward. Called without any lock held.
   // Throws CheckpointError when what it recomputed does not match.
   void run(Segment& segment);
+
+  // The recorder of the run.
+  std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
+  int depth() const override { return depth_; }
 
   // The next tensor that the replay's autograd saves. Returns its values for
   // the replay's own graph. May throw early stop or CheckpointError.
@@ -142,6 +146,8 @@ class Replay final : public c10::intrusive_ptr_target {
   void locate_mismatches(Segment& segment);
   [[noreturn]] void fail(Segment& segment, const std::string& message) const;
 
+  class Running;
+
   compat::ReplayKey key_;
   bool keep_;
   std::optional<c10::SafePyObject> group_;  // strong: see compat::current_group
@@ -169,6 +175,8 @@ class Replay final : public c10::intrusive_ptr_target {
   std::vector<HandedOver> handed_over_;
 
   // The current run.
+  Segment* running_ = nullptr;  // what runs it holds the segment
+  int depth_ = 0;
   c10::SmallVector<bool, 32> wanted_;  // by slot
   int64_t last_wanted_ = -1;           // early stop after this one
   uint32_t cursor_ = 0;                // tensors offered so far
@@ -192,18 +200,6 @@ class Replay final : public c10::intrusive_ptr_target {
   std::string failure_;  // an error that was raised inside fn
   std::atomic<bool> stopped_{false};
   bool stop_at_next_ = false;  // all is offered, the last one may not be filled yet
-};
-
-class ReplayRecorder final : public Recorder {
- public:
-  ReplayRecorder(c10::intrusive_ptr<Segment> segment, c10::intrusive_ptr<Replay> replay);
-  ~ReplayRecorder() override;
-  std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
-  int depth() const override;
-
- private:
-  c10::intrusive_ptr<Segment> segment_;  // strong; gone when the replay is over
-  c10::intrusive_ptr<Replay> replay_;    // strong
 };
 
 }  // namespace reprise

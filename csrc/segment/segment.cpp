@@ -462,10 +462,10 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
       replays_.push_back(replay);
       prepared = !key.is_group();  // the next one needs a reference of its own
     }
-    const bool is_first = prepared && !key.is_group();
+    const bool goes_ahead = prepared && previous_.node != nullptr;
     replay->start(*this, std::nullopt);
     run_replay(lock, replay);
-    if (is_first && previous_.node != nullptr) {
+    if (goes_ahead) {
       lock.unlock();
       replay_ahead(key);
       lock.lock();

@@ -180,7 +180,7 @@ class Segment final : public Recorder {
 
   // The segment whose one output is an input of another one.
   struct Previous {
-    // Weak: a graph without the other one's owner frees it. Of Segment, which is not complete yet.
+    // Weak, so that a graph that is dropped frees it. A Segment, which is not complete here.
     c10::weak_intrusive_ptr<c10::intrusive_ptr_target> segment{
         c10::intrusive_ptr<c10::intrusive_ptr_target>()};
     torch::autograd::Node* node = nullptr;  // of that output; only compared
@@ -190,7 +190,8 @@ class Segment final : public Recorder {
     c10::intrusive_ptr<Segment> lock() const;
   };
   void note_as_last_ended(const at::Tensor* output);
-  // Replays those before this one that the graph task of `key` will ask for next. Without mutex_.
+  // ahead.h: replays those before this one that the graph task of `key` will ask for next. Without
+  // mutex_.
   void replay_ahead(const compat::ReplayKey& key);
   // Replays this one if that was not begun, and if what it recomputes has at most `*bytes`, which
   // it takes off. False if it did not.
