@@ -49,9 +49,10 @@ State& state() {
   return *g_state;
 }
 
-bool held_by_other(const State& s, const void* key, uint64_t token) {
-  return std::any_of(s.held.begin(), s.held.end(),
-                     [&](const auto& held) { return held.key == key && held.token != token; });
+bool held_by_other(const State& s, const void* key, uint64_t token, uint64_t also) {
+  return std::any_of(s.held.begin(), s.held.end(), [&](const auto& held) {
+    return held.key == key && held.token != token && held.token != also;
+  });
 }
 
 bool held_by_other_than(const State& s, Lease::Kind kind, uint64_t token) {
@@ -61,10 +62,10 @@ bool held_by_other_than(const State& s, Lease::Kind kind, uint64_t token) {
 
 }  // namespace
 
-bool Lease::try_take(uint64_t token, const Keys& keys) {
+bool Lease::try_take(uint64_t token, uint64_t also, const Keys& keys) {
   State& s = state();
   for (const void* key : keys) {
-    if (held_by_other(s, key, token)) {
+    if (held_by_other(s, key, token, also)) {
       return false;
     }
   }
@@ -100,16 +101,20 @@ Lease::Lease(Kind kind, const Keys& keys, const std::function<std::string(size_t
   {
     // Uncontended, which is nearly always, the interpreter lock is not touched.
     std::lock_guard<std::mutex> lock(s.mutex);
-    taken = try_take(token, keys);
+    taken = try_take(token, token, keys);
   }
   if (!taken) {
+    // Of a node of another backward, which this thread runs while it waits for one of its own.
+    const uint64_t carried = compat::carried_chain_token();
+    const uint64_t also = carried != 0 ? carried : token;
     const InterpreterReleased released;
     const auto self = std::this_thread::get_id();
     std::unique_lock<std::mutex> lock(s.mutex);
     s.waiting.push_back(self);
-    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, keys); });
+    taken = s.given_back.wait_for(lock, wait_limit(), [&] { return try_take(token, also, keys); });
     s.waiting.erase(std::find(s.waiting.begin(), s.waiting.end(), self));
-    while (!taken && contended + 1 < keys.size() && !held_by_other(s, keys[contended], token)) {
+    while (!taken && contended + 1 < keys.size() &&
+           !held_by_other(s, keys[contended], token, also)) {
       ++contended;
     }
   }

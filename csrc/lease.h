@@ -76,7 +76,8 @@ class Lease {
   static void set_wait_limit(std::chrono::milliseconds limit);
 
  private:
-  bool try_take(uint64_t token, const Keys& keys);
+  // `also`: another chain whose keys are not waited for.
+  bool try_take(uint64_t token, uint64_t also, const Keys& keys);
 
   const Kind kind_;
   bool begins_chain_ = false;

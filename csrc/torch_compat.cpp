@@ -12,6 +12,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/headeronly/version.h>
@@ -27,6 +28,7 @@
 #include <unordered_set>
 
 #include "open_member.h"
+#include "segment/ahead.h"
 #include "segment/recorder.h"
 
 namespace reprise::compat {
@@ -44,8 +46,9 @@ std::atomic<bool> g_native_hooks{true};
 // segment with dropout costs, so that the token of a thread's own chain is a variable, and
 // goes into the map when a backward begins, which our engine is told.
 //
-// The variable comes first: a thread that waits for its inner backward may run nodes of the
-// outer one meanwhile, with that one's map. What these take lies inside of what it holds.
+// The variable comes first: a thread that waits for its inner backward may run nodes of another
+// one meanwhile, with that one's map. What these take lies inside of what it holds. They may need
+// what their own chain holds as well.
 thread_local uint64_t t_chain = 0;
 
 // An object in the map that is none of Python's.
@@ -118,7 +121,11 @@ class DelegatingEngine final : public ag::Engine {
         return recorder->make_hooks();
       }
     }
-    return inner_.get_default_saved_variable_hooks();
+    auto hooks = inner_.get_default_saved_variable_hooks();
+    if (hooks) {
+      Ahead::note_unseen();
+    }
+    return hooks;
   }
 
   void thread_on_exception(const std::shared_ptr<ag::GraphTask>& graph_task,
@@ -373,6 +380,8 @@ void at_end_of_graph_task(std::function<void()> callback) {
 
 uint64_t chain_token() { return t_chain != 0 ? t_chain : carried_token(); }
 
+uint64_t carried_chain_token() { return carried_token(); }
+
 void set_chain_token(uint64_t token) { t_chain = token; }
 
 namespace {
@@ -416,12 +425,12 @@ NodeClass class_of(const std::type_info& type) {
   constexpr std::string_view kNamespace = "N5torch8autograd";
   constexpr std::string_view kGenerated = "N5torch8autograd9generated";
   constexpr std::string_view kViews[] = {
-      "13ViewBackward0",           "9TBackward0",          "18TransposeBackward0",
+      "13ViewBackward0",           "10TBackward0",         "18TransposeBackward0",
       "15ExpandBackward0",         "16PermuteBackward0",   "21ReshapeAliasBackward0",
       "19UnsafeViewBackward0",     "15UnbindBackward0",    "14SplitBackward0",
       "23SplitWithSizesBackward0", "15SelectBackward0",    "14SliceBackward0",
       "16SqueezeBackward0",        "16SqueezeBackward1",   "18UnsqueezeBackward0",
-      "14AliasBackward0",          "18AsStridedBackward0", "16DiagonalBackward0",
+      "14AliasBackward0",          "18AsStridedBackward0", "17DiagonalBackward0",
   };
   const auto begins_with = [](std::string_view name, std::string_view prefix) {
     return name.substr(0, prefix.size()) == prefix;
@@ -453,6 +462,12 @@ const NodeClass& class_of(const ag::Node& node) {
 }  // namespace
 
 bool runs_no_user_code(ag::Node& node, bool is_ours) {
+  if (typeid(node) == typeid(ag::CopySlices)) {  // of a change of a view, by whatever did it
+    const auto& change = static_cast<const ag::CopySlices&>(node).fn;
+    if (change && !runs_no_user_code(*change)) {
+      return false;
+    }
+  }
   return (is_ours || class_of(node).is_torchs_own) && !has_hooks(node) && !takes_subclasses(node);
 }
 

@@ -169,6 +169,8 @@ void at_end_of_graph_task(std::function<void()> callback);
 // it run on; 0 if none is set. See lease.h.
 uint64_t chain_token();
 void set_chain_token(uint64_t token);
+// The one of the chain that began the backward of the node which this thread runs; 0 if none did.
+uint64_t carried_chain_token();
 
 // Has the core of torch initialised devices of this type, of those that it initialises when
 // they are first used? No driver is asked.

@@ -31,6 +31,7 @@ def call_of(use_reentrant: bool) -> Call:
         result: Tensor = checkpoint(function, x, use_reentrant=use_reentrant)
         return result
 
+    call.__name__ = "reentrant" if use_reentrant else "hooks"
     return call
 
 
@@ -213,6 +214,75 @@ def inside_of_another(chain: Chain, x: Tensor) -> None:
     chain.call(chain.forward, x).sum().backward()
 
 
+def with_unpack_hook_inside(chain: Chain, x: Tensor) -> None:
+    """Of the user's, inside of one of the functions: a hook could load what the next one needs."""
+
+    def inside(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        def hooked(x: Tensor) -> Tensor:
+            x = function(x)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                return x.exp().sin()
+
+        return chain.call(hooked, x)
+
+    chain.forward(x, inside).sum().backward()
+
+
+def with_unpack_hook_beside(chain: Chain, x: Tensor) -> None:
+    x = chain.forward(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        x.exp().sum().backward()
+
+
+def with_segments_inside(chain: Chain, x: Tensor) -> None:
+    def inside(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return chain.call(lambda x: call_of(False)(torch.sin, function(x)), x)
+
+    chain.forward(x, inside).sum().backward()
+
+
+def with_hook_of_the_root(chain: Chain, x: Tensor) -> None:
+    for number in range(LENGTH - 1):
+        x = chain.call(chain.segment(number), x)
+
+    def last(x: Tensor) -> Tensor:
+        x = chain.segment(LENGTH - 1)(x)
+        return torch.dot(x, x)  # the root asks for what it saved
+
+    loss = chain.call(last, x)
+    assert loss.grad_fn is not None
+    loss.grad_fn.register_hook(lambda *_: None)
+    loss.backward()
+
+
+class DoublesInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 2
+
+
+def with_function_in_a_view(chain: Chain, x: Tensor) -> None:
+    def inside(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        def changed(x: Tensor) -> Tensor:
+            x = function(x).clone()
+            DoublesInPlace.apply(x[:2])
+            return x.sin()
+
+        return chain.call(changed, x)
+
+    chain.forward(x, inside).sum().backward()
+
+
+def with_anomaly_mode(chain: Chain, x: Tensor) -> None:
+    with torch.autograd.detect_anomaly(check_nan=False):
+        chain.forward(x).sum().backward()
+
+
 REASONS = [
     with_hook_of_a_tensor,
     with_hook_of_a_node,
@@ -224,8 +294,16 @@ REASONS = [
     with_saved_tensors_hooks,
     with_recording,
     inside_of_another,
+    with_unpack_hook_inside,
+    with_segments_inside,
+    with_hook_of_the_root,
+    with_function_in_a_view,
+    pytest.param(
+        with_anomaly_mode,
+        marks=pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled"),
+    ),
 ]
-REASONS_IN_HOOKS = [with_several_outputs, with_contexts, with_debug]
+REASONS_IN_HOOKS = [with_several_outputs, with_contexts, with_debug, with_unpack_hook_beside]
 
 
 @pytest.mark.parametrize("backward", REASONS)
@@ -308,6 +386,45 @@ def test_a_function_that_returns_what_it_did_not_make(in_hooks: Chain) -> None:
     in_hooks.call(in_hooks.segment(1), x).sum().backward()
     assert in_hooks.replayed == [1]
     kept.clear()
+
+
+def test_a_node_that_has_the_address_of_another(in_hooks: Chain) -> None:
+    """The output's node is freed and the segment lives on, through another tensor of it."""
+    kept: list[Tensor] = []
+
+    def keeps(x: Tensor) -> Tensor:
+        x = in_hooks.segment(0)(x)
+        kept.append(x.exp())
+        return x.cos()
+
+    x = leaf(4).exp()
+    in_hooks.call(keeps, leaf(4))
+    for _ in range(5):  # one of them has the address
+        in_hooks.call(torch.sin, x.cos()).sum().backward(retain_graph=True)
+    assert in_hooks.replayed == []
+    kept.clear()
+
+
+def test_a_small_view_of_something_large() -> None:
+    chain = Chain(call_of(use_reentrant=False), width=600, length=2)
+
+    def first(x: Tensor) -> Tensor:
+        x = chain.segment(0)(x)
+        return (x[:, None] + torch.zeros(600, 600))[0].sin()  # 1.4 MB stay
+
+    x = chain.call(first, leaf(600))
+    chain.call(chain.segment(1), x).sum().backward()
+    assert chain.replayed == [1, 0] and chain.ahead == []
+
+
+def test_a_chain_that_is_long_is_freed(call: Any) -> None:
+    x = leaf(4)
+    out = x
+    for _ in range(100_000 if call.__name__ == "hooks" else 20_000):
+        out = call(torch.sin, out)
+    del out
+    call(torch.cos, x).sum().backward()
+    assert x.grad is not None
 
 
 def test_a_graph_that_is_used_twice(chain: Chain) -> None:

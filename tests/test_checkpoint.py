@@ -13,7 +13,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
@@ -174,6 +174,14 @@ def test_decorated_methods_are_equal_where_methods_are() -> None:
     assert decorate(one.other) == decorate(one.other)
     assert decorate(one.other) != checkpoint(use_reentrant=False)(one.other)
     assert decorate(torch.sin) != decorate(torch.sin)
+    assert decorate(torch.sin) == ANY
+    assert copy.deepcopy(decorate(one.other)) != decorate(one.other)
+
+
+def test_a_result_that_says_it_is_a_tensor() -> None:
+    for result in (Mock(spec=torch.Tensor), weakref.proxy(torch.ones(2)), None, 3):
+        found = checkpoint(lambda x, r=result: r, leaf(3), use_reentrant=False)
+        assert found is result
 
 
 class WithOwn(nn.Module):

@@ -141,8 +141,7 @@ PyObject* run(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
     return nullptr;
   }
   begun.program->settle();
-  const bool is_tensor = THPVariable_Check(result.get());
-  segment->end_forward(is_tensor ? &THPVariable_Unpack(result.get()) : nullptr);
+  segment->end_forward(is_tensor(result.get()) ? &THPVariable_Unpack(result.get()) : nullptr);
   return result.release();
 }
 

@@ -1,5 +1,7 @@
 #include "segment/ahead.h"
 
+#include <torch/csrc/autograd/anomaly_mode.h>
+
 #include <algorithm>
 #include <optional>
 #include <typeinfo>
@@ -20,15 +22,15 @@ namespace {
 struct GraphTask {
   int64_t id = -1;
   bool runs_no_user_code = false;
-  bool has_one_thread = true;            // of the reentrant nodes
-  std::vector<uint64_t> reentrant = {};  // their numbers, by which the engine goes
+  std::vector<uint64_t> reentrant = {};  // nodes of that form, by their numbers
 
   // The one that this thread works for.
   static const GraphTask& current() {
     GraphTask& last = per_thread<GraphTask>();
     const int64_t id = compat::current_replay_key().graph_task;
     if (last.id != id) {
-      last = GraphTask{.id = id};
+      last = GraphTask();
+      last.id = id;
       last.look();
     }
     return last;
@@ -36,21 +38,38 @@ struct GraphTask {
 
  private:
   void look() {
-    std::optional<uint64_t> thread;
     const auto* nodes = id >= 0 ? compat::nodes_of_graph_task() : nullptr;
-    runs_no_user_code = nodes != nullptr && !compat::modes_are_active() &&
-                        !host().is_distributed() &&
-                        std::all_of(nodes->begin(), nodes->end(), [&](ag::Node* node) {
-                          const bool is_ours = typeid(*node) == typeid(ReentrantNode);
-                          if (is_ours) {
-                            reentrant.push_back(node->sequence_nr());
-                            has_one_thread = has_one_thread && thread.value_or(node->thread_id()) ==
-                                                                   node->thread_id();
-                            thread = node->thread_id();
-                          }
-                          return compat::runs_no_user_code(*node, is_ours);
+    if (nodes == nullptr || compat::modes_are_active() || ag::AnomalyMode::is_enabled() ||
+        !compat::native_hooks_installed() || host().is_distributed()) {
+      return;
+    }
+    // The root is not among them; if it is over, so are its hooks.
+    const auto running = ag::get_current_node();
+    runs_no_user_code = running && is_plain(*running) &&
+                        std::all_of(nodes->begin(), nodes->end(), [this](ag::Node* node) {
+                          return is_plain(*node) && is_of_one_thread(*node);
                         });
   }
+
+  bool is_plain(ag::Node& node) {
+    const bool is_ours = typeid(node) == typeid(ReentrantNode);
+    if (is_ours) {
+      reentrant.push_back(node.sequence_nr());
+    }
+    return compat::runs_no_user_code(node, is_ours);
+  }
+
+  // Of nodes that one thread has made the newest one that is ready is executed first. (Leaves are
+  // met by whoever comes first.)
+  bool is_of_one_thread(const ag::Node& node) {
+    if (node.next_edges().empty()) {
+      return true;
+    }
+    thread_ = thread_.value_or(node.thread_id());
+    return *thread_ == node.thread_id();
+  }
+
+  std::optional<uint64_t> thread_ = std::nullopt;
 };
 
 }  // namespace
@@ -63,8 +82,7 @@ const std::unordered_set<ag::Node*>* Ahead::nodes_if_possible_in_hooks() {
 
 bool Ahead::is_possible_in_nodes(const ag::Node& node, const ag::Node& next) {
   const GraphTask& task = GraphTask::current();
-  // Of nodes that were made by one thread the newest one that is ready is executed first.
-  return task.runs_no_user_code && task.has_one_thread &&
+  return task.runs_no_user_code &&
          std::none_of(task.reentrant.begin(), task.reentrant.end(), [&](uint64_t number) {
            return next.sequence_nr() < number && number < node.sequence_nr();
          });

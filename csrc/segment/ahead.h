@@ -11,9 +11,11 @@
 //   - The next one is the segment whose output this one took. This backward call executes
 //     all of its graph, and the node of that output is in it.
 //   - Nothing of the user's runs between such a replay and where it would have been: no
-//     hooks, no custom Functions, no modes, no tensor subclasses. (A hook could load what the
-//     next replay needs, or stop the backward.) In the reentrant form, whose inner graphs
-//     are made by the replays, these are looked at as well.
+//     hooks, no custom Functions, no modes, no tensor subclasses, no segments inside of
+//     segments. (A hook could load what the next replay needs, or stop the backward.) In the
+//     reentrant form, whose inner graphs are made by the replays, these are looked at as well.
+//     Hooks of saved tensors cannot be seen in a graph: none were made since the next segment
+//     began.
 //   - All is on the CPU, where one thread runs a backward and there are no streams, and there
 //     are no other processes that wait for what a replay does.
 //   - Nobody looks: segments that are recorded are shown as they are asked for.
@@ -23,6 +25,7 @@
 
 #include <torch/csrc/autograd/function.h>
 
+#include <atomic>
 #include <cstdint>
 #include <unordered_set>
 
@@ -30,6 +33,11 @@ namespace reprise {
 
 class Ahead {
  public:
+  // Something was put into some graph that will run code of the user's and that is not seen there.
+  static void note_unseen() { unseen_.fetch_add(1, std::memory_order_relaxed); }
+  // How often that was.
+  static uint64_t unseen() { return unseen_.load(std::memory_order_relaxed); }
+
   // Of all that is recomputed before it is asked for, and how many segments that may be.
   static constexpr uint64_t kMostBytes = 1 << 20;
   static constexpr int kMostSegments = 15;
@@ -41,6 +49,9 @@ class Ahead {
   // executed after `node`?
   static bool is_possible_in_nodes(const torch::autograd::Node& node,
                                    const torch::autograd::Node& next);
+
+ private:
+  static inline std::atomic<uint64_t> unseen_{0};
 };
 
 }  // namespace reprise

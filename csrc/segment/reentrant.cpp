@@ -159,7 +159,8 @@ bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes)
     }
     for (uint32_t i = 0; i < node.num_inputs(); ++i) {
       const auto& result = node.input_metadata(i);
-      if (!result.device().is_cpu() || result.is_nested_tensor()) {
+      if (!result.device().is_cpu() || result.is_nested_tensor() ||
+          result.layout() != at::kStrided) {
         return false;
       }
       if (compat::is_of_a_view(node)) {

@@ -24,9 +24,10 @@ namespace {
 // it somewhere; it needs its values then, nothing else.
 class ReplayHooks final : public ag::SavedVariableHooks {
  public:
-  ReplayHooks(Segment& segment, Replay& replay) : segment_(&segment), replay_(&replay) {}
+  // `segment`: null where somebody has kept the pair of a run that is over.
+  ReplayHooks(Segment* segment, Replay& replay) : segment_(segment), replay_(&replay) {}
   void call_pack_hook(const at::Tensor& tensor) override {
-    values_ = replay_->offer(*segment_, tensor);
+    values_ = segment_ != nullptr ? replay_->offer(*segment_, tensor) : compat::values_of(tensor);
   }
   at::Tensor call_unpack_hook() override { return values_; }
 
@@ -78,8 +79,7 @@ class Replay::Running {
 };
 
 std::unique_ptr<ag::SavedVariableHooks> Replay::make_hooks() {
-  // Somebody has kept the pair of a run that is over: autograd saves as it does without hooks.
-  return running_ == nullptr ? nullptr : std::make_unique<ReplayHooks>(*running_, *this);
+  return std::make_unique<ReplayHooks>(running_, *this);
 }
 
 void Replay::run(Segment& segment) {

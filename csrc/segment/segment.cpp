@@ -50,6 +50,10 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   Ledger& ledger = Ledger::get();
   ledger.add(*segment);
   segment->in_replay_ = ReplayMark::active();
+  if (depth > 0 || segment->in_replay_) {
+    Ahead::note_unseen();
+  }
+  segment->unseen_ = Ahead::unseen();
   if (segment->in_replay_) {
     segment->holder_ = ReplayMark::timeline();
   } else if (ledger.recording()) {
@@ -81,7 +85,8 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
       entry.has_history = entry.requires_grad && !entry.is_leaf;
       if (entry.has_history && depth == 0) {
         Previous& last = Previous::last_ended();
-        if (last.node != nullptr && last.node == input.grad_fn().get()) {
+        ag::Node* node = input.grad_fn().get();
+        if (last.node == node && node != nullptr && last.number == node->sequence_nr()) {
           segment->previous_ = std::exchange(last, {});
         }
       }
@@ -136,6 +141,7 @@ void Segment::drop() noexcept {
   dropped_ = true;
   Ledger::get().remove(*this);
   replays_.clear();
+  previous_ = {};
   for (const auto* storage : held_inputs_) {
     holder_->drop(storage);
   }
@@ -241,6 +247,14 @@ uint32_t Segment::record(const at::Tensor& tensor) {
                         std::find(input_storages_.begin(), input_storages_.end(),
                                   tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
   const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, sizes);
+  const uint64_t of_replay =
+      is_parameter || is_input ? 0
+      : has_plain_sizes(tensor) && tensor.layout() == at::kStrided && tensor.has_storage()
+          ? tensor.storage().nbytes()
+          : kUnknownBytes;
+  if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
+    Ahead::note_unseen();
+  }
   if (checks_versions_ && !tensor.is_inference()) {
     slot.version = ag::impl::version_counter(tensor);
     slot.saved_version = slot.version.current_version();
@@ -253,6 +267,7 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   slots_.push_back(std::move(slot));
   ++live_;
   bytes_not_saved_ += bytes;
+  bytes_of_replay_ += of_replay;
   if (timeline_) {
     timeline_->save(tensor);
   }
@@ -485,6 +500,7 @@ void Segment::note_as_last_ended(const at::Tensor* output) {
   }
   last.segment = decltype(last.segment)::reclaim_copy(this);
   last.node = node;
+  last.number = node->sequence_nr();
 }
 
 Segment::Previous& Segment::Previous::last_ended() { return per_thread<Previous>(); }
@@ -495,6 +511,7 @@ c10::intrusive_ptr<Segment> Segment::Previous::lock() const {
 
 bool Segment::may_be_ahead() const {
   return options_.may_be_ahead && checks_versions_ && depth_ == 0 && !in_replay_ && !row_ &&
+         unseen_ == Ahead::unseen() &&
          std::all_of(devices_.begin(), devices_.end(),
                      [](c10::Device device) { return device.is_cpu(); });
 }
@@ -524,11 +541,11 @@ bool Segment::replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes)
   auto replay = c10::make_intrusive<Replay>(key, /*keep=*/false, std::nullopt);
   replay->is_ahead = true;
   std::unique_lock<std::mutex> lock(mutex_);
-  if (!forward_done_ || live_ == 0 || bytes_not_saved_ > *bytes || find_replay(key) != nullptr ||
+  if (!forward_done_ || live_ == 0 || bytes_of_replay_ > *bytes || find_replay(key) != nullptr ||
       !may_be_ahead()) {
     return false;
   }
-  *bytes -= bytes_not_saved_;
+  *bytes -= bytes_of_replay_;
   replays_.push_back(replay);
   replay->start(*this, std::nullopt);
   run_replay(lock, replay);

@@ -184,6 +184,7 @@ class Segment final : public Recorder {
     c10::weak_intrusive_ptr<c10::intrusive_ptr_target> segment{
         c10::intrusive_ptr<c10::intrusive_ptr_target>()};
     torch::autograd::Node* node = nullptr;  // of that output; only compared
+    uint64_t number = 0;                    // of that node: another one may get its address
 
     // The one that ended last on this thread with one output.
     static Previous& last_ended();
@@ -267,7 +268,8 @@ class Segment final : public Recorder {
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
   c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
 
-  Previous previous_;        // written in begin(), read-only after
+  Previous previous_;        // written in begin(), read-only until it is dropped
+  uint64_t unseen_ = 0;      // Ahead::unseen() when it began
   uint64_t first_node_ = 0;  // fn makes this and later ones, by number on forward_thread_
 
   // Of the thread that runs the forward, and used by it alone: the newest autograd
@@ -288,6 +290,8 @@ class Segment final : public Recorder {
   bool forward_done_ = false;
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
+  uint64_t bytes_of_replay_ = 0;  // memory that a replay fills, at most; kUnknownBytes
+  static constexpr uint64_t kUnknownBytes = uint64_t{1} << 40;
   c10::SmallVector<c10::intrusive_ptr<Replay>, 1> replays_;  // nearly always none or one
 
   // The ledger's list of live segments; guarded by the ledger's mutex.

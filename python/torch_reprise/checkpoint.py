@@ -398,14 +398,18 @@ class _Checkpointed:
         functools.update_wrapper(self, function, updated=())
 
     def __getattr__(self, name: str) -> Any:
-        # What is not found here: attributes that other decorators gave the function, such as
-        # the mark of an abstract method.
+        # What is not found here: attributes that other decorators gave the function, among them
+        # the mark of an abstract method, but not what a protocol asks for (copy, pickle).
+        if name.startswith("__") and name != "__isabstractmethod__":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.__dict__["_function"], name)
 
     def __eq__(self, other: object) -> bool:
         # A method is made anew whenever it is looked up.
-        if self is other or not isinstance(other, _Checkpointed):
-            return self is other
+        if not isinstance(other, _Checkpointed):
+            return NotImplemented
+        if self is other:
+            return True
         function = self._function
         return (
             isinstance(function, MethodType)
