@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 import torch_reprise
-from torch_reprise import ledger
+from torch_reprise import checkpoint, ledger
 
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_index = pytest.mark.parametrize("index", range(len(DEVICES)))
@@ -414,3 +414,29 @@ def test_without_the_stash_the_numbers_are_others() -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     torch_reprise.checkpoint(noted, x, **options).sum().backward()
     assert len(masks) == 2 and not torch.equal(*masks)
+
+
+@both_forms
+def test_segments_on_a_device_are_replayed_when_they_are_asked_for(use_reentrant: bool) -> None:
+    """On the CPU the earlier ones would be replayed before the last weight has its gradient."""
+    weights = [leaf_on(DEVICES[0], 4) for _ in range(3)]
+    replayed: list[int] = []
+
+    def segment(number: int) -> Any:
+        calls = 0
+
+        def function(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                assert all(weight.grad is not None for weight in weights[number + 1 :])
+                replayed.append(number)
+            return (x * weights[number]).sin()
+
+        return function
+
+    x = leaf_on(DEVICES[0], 4)
+    for number in range(3):
+        x = checkpoint(segment(number), x, use_reentrant=use_reentrant)
+    x.sum().backward()
+    assert replayed == [2, 1, 0]
