@@ -226,8 +226,6 @@ def _run(
     if is_dynamo_compiling():
         return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     require_callable("function", function)
-    if preserve_rng_state is False and called_by_compiled_code() and not _C.is_traced():
-        preserve_rng_state = True
     flags = _flags(
         early_stop,
         preserve_rng_state,
@@ -361,6 +359,8 @@ def _checkpoint(
         return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     if use_reentrant is None and function is not None:
         _warn_use_reentrant("checkpoint", stacklevel=3)
+    if preserve_rng_state is False and called_by_compiled_code() and not _C.is_traced():
+        preserve_rng_state = True
     options = _validated(
         use_reentrant=use_reentrant,
         debug=debug,
