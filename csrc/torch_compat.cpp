@@ -62,19 +62,11 @@ const std::string& chain_key() {
   return *key;
 }
 
-uint64_t carried_token() {
-  using at::impl::ThreadLocalPythonObjects;
-  if (!ThreadLocalPythonObjects::contains(chain_key())) {  // get() would throw
-    return 0;
-  }
-  return static_cast<const ChainToken&>(*ThreadLocalPythonObjects::get(chain_key())).number;
-}
-
 // Puts the token of this thread's chain into the map while a backward is begun from it.
 class CarriedChain {
  public:
   CarriedChain() {
-    if (t_chain != 0 && carried_token() == 0) {
+    if (t_chain != 0 && carried_chain_token() == 0) {
       at::impl::ThreadLocalPythonObjects::set(chain_key(), std::make_shared<ChainToken>(t_chain));
       is_set_ = true;
     }
@@ -378,9 +370,15 @@ void at_end_of_graph_task(std::function<void()> callback) {
   ag::Engine::get_default_engine().queue_callback(std::move(callback));
 }
 
-uint64_t chain_token() { return t_chain != 0 ? t_chain : carried_token(); }
+uint64_t chain_token() { return t_chain != 0 ? t_chain : carried_chain_token(); }
 
-uint64_t carried_chain_token() { return carried_token(); }
+uint64_t carried_chain_token() {
+  using at::impl::ThreadLocalPythonObjects;
+  if (!ThreadLocalPythonObjects::contains(chain_key())) {  // get() would throw
+    return 0;
+  }
+  return static_cast<const ChainToken&>(*ThreadLocalPythonObjects::get(chain_key())).number;
+}
 
 void set_chain_token(uint64_t token) { t_chain = token; }
 
@@ -418,6 +416,7 @@ bool takes_subclasses(const ag::Node& node) {
 struct NodeClass {
   const std::type_info* type = nullptr;
   bool is_torchs_own = false;  // autograd's in C++, of those that call no function of a user's
+  bool is_generated = false;   // from torch's list of derivatives
   bool is_of_a_view = false;
 };
 
@@ -441,7 +440,8 @@ NodeClass class_of(const std::type_info& type) {
     const auto rest = name.substr(kNamespace.size());
     found.is_torchs_own = !begins_with(rest, "6PyNode") && !begins_with(rest, "7CppNode");
   }
-  if (begins_with(name, kGenerated)) {
+  found.is_generated = begins_with(name, kGenerated);
+  if (found.is_generated) {
     const auto rest = name.substr(kGenerated.size());
     found.is_of_a_view = std::any_of(std::begin(kViews), std::end(kViews),
                                      [&](auto view) { return begins_with(rest, view); });
@@ -485,19 +485,7 @@ std::string current_node_name() {
 
 bool running_node_unpacks_once() {
   const auto node = ag::get_current_node();
-  if (!node) {
-    return false;
-  }
-  constexpr std::string_view generated = "N5torch8autograd9generated";
-  const ag::Node& running = *node;
-  // Most nodes save several tensors, so that the last answer is often asked for again.
-  thread_local const std::type_info* last_type = nullptr;
-  thread_local bool last_answer = false;
-  if (last_type != &typeid(running)) {
-    last_type = &typeid(running);
-    last_answer = std::string_view(last_type->name()).substr(0, generated.size()) == generated;
-  }
-  return last_answer;
+  return node && class_of(*node).is_generated;
 }
 
 bool is_output_of_newest_node(const at::Tensor& tensor) {

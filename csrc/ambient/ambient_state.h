@@ -44,7 +44,7 @@ struct AutocastState {
   uint32_t enabled = 0;  // bit i: device i of _AUTOCAST_SUPPORTED_DEVICES
   uint32_t noted = 0;    // whose dtypes are: those that a tensor can be on, or that are enabled
   bool cache = true;
-  std::array<at::ScalarType, kAutocastDevices> dtypes = undefined();
+  std::array<at::ScalarType, kAutocastDevices> dtypes{};  // 0 of the others
 
   static AutocastState current();
   // The same, to be compared with `this`: dtypes of the same devices.
@@ -54,12 +54,7 @@ struct AutocastState {
   bool operator==(const AutocastState&) const = default;
 
  private:
-  static AutocastState of(uint32_t devices);  // by bits, those that are enabled as well
-  static constexpr std::array<at::ScalarType, kAutocastDevices> undefined() {
-    std::array<at::ScalarType, kAutocastDevices> all{};
-    all.fill(at::ScalarType::Undefined);
-    return all;
-  }
+  static AutocastState of(uint32_t devices_noted);  // by bits, those that are enabled as well
 };
 
 class AmbientState {

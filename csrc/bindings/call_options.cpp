@@ -1,5 +1,8 @@
 #include "bindings/call_options.h"
 
+#include <algorithm>
+#include <array>
+
 #include "bindings/frames.h"
 #include "bindings/python_object.h"
 
@@ -40,14 +43,14 @@ struct Names {
     static const Names names;
     return names;
   }
-  bool is_option(PyObject* name) const {
-    return name == use_reentrant || name == preserve_rng_state || name == early_stop ||
-           name == determinism_check || name == context_fn || name == debug ||
-           name == respect_hooks;
+  std::array<PyObject*, 7> options() const {
+    return {use_reentrant, preserve_rng_state, early_stop, determinism_check, context_fn,
+            debug,         respect_hooks};
   }
 };
 
-// Is it, as far as can be seen, not such a graph that calls checkpoint()?
+// Is it, as far as can be seen, not such a graph that calls checkpoint()? Where that is not known
+// Python looks: called_by_compiled_code() in torch_reprise/_tracing.py.
 bool is_called_by_a_program() {
   PyCodeObject* code = nullptr;
   int instruction = 0;
@@ -82,7 +85,9 @@ bool PlainOptions::read(PyObject* name, PyObject* value) {
     return set(kEarlyStop, value);
   }
   if (name == names.determinism_check) {
-    flags_ &= value == names.none ? ~(kCheckDeterminism | kCheckRng) : ~0L;
+    if (value == names.none) {
+      flags_ &= ~(kCheckDeterminism | kCheckRng);
+    }
     return value == names.none || value == names.by_default;
   }
   return name == names.context_fn ? value == g_noop_context_fn
@@ -92,11 +97,12 @@ bool PlainOptions::read(PyObject* name, PyObject* value) {
 
 std::optional<PlainOptions> PlainOptions::among(PyObject* kwargs) {
   const Names& names = Names::get();
+  const auto all = names.options();
   PlainOptions options;
   bool says_which_form = false;
   PyObject *name = nullptr, *value = nullptr;
   for (Py_ssize_t position = 0; PyDict_Next(kwargs, &position, &name, &value) != 0;) {
-    if (names.is_option(name)) {
+    if (std::find(all.begin(), all.end(), name) != all.end()) {
       ++options.count_;
       says_which_form = says_which_form || name == names.use_reentrant;
       if (!options.read(name, value)) {
@@ -113,10 +119,7 @@ PyObject* PlainOptions::rest_of(PyObject* kwargs) const {
   if (PyDict_GET_SIZE(kwargs) == count_) {
     return nullptr;
   }
-  const Names& names = Names::get();
-  for (PyObject* name :
-       {names.use_reentrant, names.preserve_rng_state, names.early_stop, names.determinism_check,
-        names.context_fn, names.debug, names.respect_hooks}) {
+  for (PyObject* name : Names::get().options()) {
     if (PyDict_Contains(kwargs, name) == 1 && PyDict_DelItem(kwargs, name) != 0) {
       throw_python_error();
     }

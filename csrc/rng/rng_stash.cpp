@@ -77,9 +77,6 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
       }
     }
     HeldGenerator held(e.generator);
-    if (e.state.is_untouched_since(held)) {
-      continue;
-    }
     const auto end = GeneratorMark::of(held);
     const bool moved = !e.state.is_state_of(held, end);
     const auto state = e.state.settled(end);

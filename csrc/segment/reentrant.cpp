@@ -13,6 +13,7 @@
 #include <unordered_set>
 
 #include "segment/ahead.h"
+#include "segment/end_of_graph_task.h"
 #include "segment/ledger.h"
 #include "segment/replay_scope.h"
 #include "segment/timeline.h"
@@ -184,26 +185,8 @@ bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes)
 
 }  // namespace
 
-// Drops what was replayed ahead and not asked for: the backward call has failed.
-class ReentrantNode::EndOfGraphTask {
- public:
-  explicit EndOfGraphTask(int64_t task) : task_(task) {}
-  ~EndOfGraphTask() {
-    for (const auto& weak : nodes_) {
-      if (const auto node = weak.lock()) {
-        static_cast<ReentrantNode&>(*node).take_ahead(task_);
-      }
-    }
-  }
-  EndOfGraphTask(const EndOfGraphTask&) = delete;
-  EndOfGraphTask& operator=(const EndOfGraphTask&) = delete;
-
-  void add(const c10::intrusive_ptr<ag::Node>& node) { nodes_.emplace_back(node); }
-
- private:
-  const int64_t task_;
-  std::vector<c10::weak_intrusive_ptr<ag::Node>> nodes_;
-};
+// What was not asked for: the backward call has failed.
+void ReentrantNode::forget(const compat::ReplayKey& key) { take_ahead(key.graph_task); }
 
 c10::intrusive_ptr<ag::Node> ReentrantNode::next_node() const {
   for (const auto& edge : next_edges()) {
@@ -216,14 +199,13 @@ c10::intrusive_ptr<ag::Node> ReentrantNode::next_node() const {
 }
 
 void ReentrantNode::replay_ahead(Segment& segment, const InnerGraph& inner) {
-  const compat::ReplayKey key = compat::current_replay_key();
-  auto next = key.is_group() || !segment.may_be_ahead() ? nullptr : next_node();
+  auto next = segment.may_be_ahead() ? next_node() : nullptr;
   if (!next) {
     return;
   }
+  const compat::ReplayKey key = compat::current_replay_key();
   uint64_t bytes = Ahead::kMostBytes;
   const InnerGraph* last = &inner;
-  std::shared_ptr<EndOfGraphTask> end;
   const InterpreterHeld held;  // once for all of them
   for (int i = 0; i < Ahead::kMostSegments && next; ++i) {
     auto& node = static_cast<ReentrantNode&>(*next);
@@ -232,11 +214,7 @@ void ReentrantNode::replay_ahead(Segment& segment, const InnerGraph& inner) {
         !is_small_and_plain(last->outputs, &bytes)) {
       return;
     }
-    if (!end) {
-      end = std::make_shared<EndOfGraphTask>(key.graph_task);
-      compat::at_end_of_graph_task([end] {});
-    }
-    end->add(next);
+    EndOfGraphTask<ReentrantNode>::of(key)->add(node);
     auto made = node.replay(*its_segment);
     last = made.get();
     {

@@ -48,11 +48,12 @@ class ReentrantNode final : public torch::autograd::Node {
   // Compiled autograd makes a graph of nodes; this one is none that it could.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override;
   std::string name() const override { return "RepriseCheckpointBackward"; }
+  // The graph task is over: what was replayed for it is dropped.
+  void forget(const compat::ReplayKey& key);
 
  private:
   // What a replay has made, whose backward is to be run.
   struct InnerGraph;
-  class EndOfGraphTask;
   std::unique_ptr<InnerGraph> replay(Segment& segment) const;
   torch::autograd::variable_list backward(Segment& segment, InnerGraph& inner,
                                           torch::autograd::variable_list&& grads) const;

@@ -11,6 +11,7 @@
 #include "lease.h"
 #include "per_thread.h"
 #include "segment/ahead.h"
+#include "segment/end_of_graph_task.h"
 #include "segment/ledger.h"
 #include "segment/replay.h"
 #include "segment/slot_hooks.h"
@@ -246,12 +247,13 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   const bool is_input = tensor.has_storage() &&
                         std::find(input_storages_.begin(), input_storages_.end(),
                                   tensor.storage().unsafeGetStorageImpl()) != input_storages_.end();
-  const uint64_t bytes = is_parameter || is_input ? 0 : element_bytes(tensor, sizes);
-  const uint64_t of_replay =
-      is_parameter || is_input ? 0
-      : has_plain_sizes(tensor) && tensor.layout() == at::kStrided && tensor.has_storage()
-          ? tensor.storage().nbytes()
-          : kUnknownBytes;
+  uint64_t bytes = 0;
+  uint64_t of_replay = 0;
+  if (!is_parameter && !is_input) {
+    bytes = element_bytes(tensor, sizes);
+    const bool is_dense = has_plain_sizes(tensor) && tensor.layout() == at::kStrided;
+    of_replay = is_dense && tensor.has_storage() ? tensor.storage().nbytes() : kUnknownBytes;
+  }
   if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
     Ahead::note_unseen();
   }
@@ -348,45 +350,6 @@ size_t Segment::stashed_bytes(std::unordered_set<const void*>& seen) const {
 // Unpacking and replays
 // ---------------------------------------------------------------------------
 
-// What a graph task does when it drops its callbacks, be it after success or after
-// an error: the segments that it replayed forget what is left. One for all segments
-// that a thread replays for one task.
-class Segment::EndOfGraphTask {
- public:
-  explicit EndOfGraphTask(const compat::ReplayKey& key) : key_(key) {}
-  ~EndOfGraphTask() {
-    for (const auto& weak : segments_) {
-      if (const auto segment = weak.lock()) {
-        segment->take_replays(key_);
-      }
-    }
-  }
-  EndOfGraphTask(const EndOfGraphTask&) = delete;
-  EndOfGraphTask& operator=(const EndOfGraphTask&) = delete;
-
-  // Of the task that this thread works for.
-  static std::shared_ptr<EndOfGraphTask> of(const compat::ReplayKey& key) {
-    // The task may run its end on another thread, but not while a thread of it is
-    // here: the list needs no lock.
-    auto& newest = per_thread<std::weak_ptr<EndOfGraphTask>>();
-    auto end = newest.lock();
-    if (!end || !(end->key_ == key)) {
-      end = std::make_shared<EndOfGraphTask>(key);
-      newest = end;
-      compat::at_end_of_graph_task([end] {});
-    }
-    return end;
-  }
-
-  void add(Segment& segment) {
-    segments_.push_back(c10::weak_intrusive_ptr<Segment>::reclaim_copy(&segment));
-  }
-
- private:
-  compat::ReplayKey key_;
-  std::vector<c10::weak_intrusive_ptr<Segment>> segments_;
-};
-
 Replay* Segment::find_replay(const compat::ReplayKey& key) const {
   for (const auto& replay : replays_) {
     if (replay->key() == key) {
@@ -467,7 +430,7 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
       if (key.is_group()) {
         group = compat::current_group();
       } else {
-        EndOfGraphTask::of(key)->add(*this);
+        EndOfGraphTask<Segment>::of(key)->add(*this);
       }
       prepared = true;
       lock.lock();
@@ -521,7 +484,7 @@ void Segment::replay_ahead(const compat::ReplayKey& key) {
   if (nodes == nullptr) {
     return;
   }
-  const auto end = EndOfGraphTask::of(key);
+  const auto end = EndOfGraphTask<Segment>::of(key);
   uint64_t bytes = Ahead::kMostBytes;
   const Segment* asked = this;
   c10::intrusive_ptr<Segment> next;
@@ -538,14 +501,14 @@ void Segment::replay_ahead(const compat::ReplayKey& key) {
 }
 
 bool Segment::replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes) {
-  auto replay = c10::make_intrusive<Replay>(key, /*keep=*/false, std::nullopt);
-  replay->is_ahead = true;
   std::unique_lock<std::mutex> lock(mutex_);
   if (!forward_done_ || live_ == 0 || bytes_of_replay_ > *bytes || find_replay(key) != nullptr ||
       !may_be_ahead()) {
     return false;
   }
   *bytes -= bytes_of_replay_;
+  auto replay = c10::make_intrusive<Replay>(key, /*keep=*/false, std::nullopt);
+  replay->is_ahead = true;
   replays_.push_back(replay);
   replay->start(*this, std::nullopt);
   run_replay(lock, replay);
@@ -588,6 +551,8 @@ void end_group(PyObject* group) {
     return segment.take_replays({.graph_task = -1, .group = group});
   });
 }
+
+void Segment::forget(const compat::ReplayKey& key) { take_replays(key); }
 
 std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::ReplayKey& key) {
   std::vector<c10::intrusive_ptr<Replay>> taken;

@@ -147,6 +147,9 @@ class Segment final : public Recorder {
   // One more will ask for the slot, and release it.
   void retain(uint32_t index);
 
+  // The graph task is over: what was recomputed for it is dropped.
+  void forget(const compat::ReplayKey& key);
+
   // --- the replay's side ---
   // The inputs as tensors again, version-checked; may replay an enclosing segment.
   std::vector<at::Tensor> unpack_inputs() const;
@@ -221,7 +224,6 @@ class Segment final : public Recorder {
   // What was recomputed for `key`, taken out so that the caller can drop it
   // unlocked: the graph task or group is over.
   std::vector<c10::intrusive_ptr<Replay>> take_replays(const compat::ReplayKey& key);
-  class EndOfGraphTask;
   friend void end_group(PyObject* group);
 
   // Set in begin(), read-only after.
