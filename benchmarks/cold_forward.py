@@ -17,36 +17,16 @@ import torch
 from torch import Tensor
 
 from torch_reprise._bench._common import calibrate, interleave
-from torch_reprise._bench._programs import plainly
+from torch_reprise._bench._programs import Segment, call_again, called_again, plainly
 from torch_reprise._bench.overhead import workloads
 
-Segment = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 STRETCH_S = 0.1
-
-
-def again(function: Callable[[Tensor], Tensor], value: Tensor) -> None:
-    with torch.enable_grad():
-        function(value.detach().requires_grad_())
 
 
 def in_forward(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     result = function(value)
-    again(function, value)
+    call_again(function, value)
     return result
-
-
-def in_backward(times: int) -> Segment:
-    def segment(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        result = function(value)
-
-        def hook(_: Tensor) -> None:
-            for _ in range(times):
-                again(function, value)
-
-        result.register_hook(hook)  # type: ignore[no-untyped-call]
-        return result
-
-    return segment
 
 
 def main() -> None:
@@ -56,7 +36,7 @@ def main() -> None:
     segments: dict[str, Segment] = {
         "plain": plainly,
         "in forward": in_forward,
-        **{f"in backward, {times}": in_backward(times) for times in (1, 2, 3)},
+        **{f"in backward, {times}": called_again(times) for times in (1, 2, 3)},
     }
     thunks: dict[str, Callable[[], object]] = {"forward": workload.forward}
     for name, segment in segments.items():

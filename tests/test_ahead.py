@@ -7,14 +7,14 @@ gradient already. It has if each segment is replayed when backward asks for it.
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_exact, both_forms, leaf, plain
+from helpers import assert_exact, both_forms, checkpointed, in_threads, leaf, plain
+from programs.prelude import ScalesInPlace
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.utils import checkpoint as torch_checkpoint
@@ -24,15 +24,6 @@ from torch_reprise import Checkpointer, CheckpointError, GraphExecGroup, checkpo
 
 LENGTH = 4
 Call = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-
-
-def call_of(use_reentrant: bool) -> Call:
-    def call(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        result: Tensor = checkpoint(function, x, use_reentrant=use_reentrant)
-        return result
-
-    call.__name__ = "reentrant" if use_reentrant else "hooks"
-    return call
 
 
 class Chain:
@@ -71,7 +62,7 @@ class Chain:
 
 @pytest.fixture(params=[False, True], ids=["hooks", "reentrant"])
 def call(request: pytest.FixtureRequest) -> Call:
-    return call_of(request.param)
+    return checkpointed(use_reentrant=request.param)
 
 
 @pytest.fixture
@@ -81,7 +72,7 @@ def chain(call: Call) -> Chain:
 
 @pytest.fixture
 def in_hooks() -> Chain:
-    return Chain(call_of(use_reentrant=False))
+    return Chain(checkpointed())
 
 
 ALL = [2, 1, 0]  # the last one is asked for
@@ -163,12 +154,6 @@ def with_mode(chain: Chain, x: Tensor) -> None:
         out.sum().backward()
 
 
-def with_restricted_call(chain: Chain, x: Tensor) -> None:
-    out = chain.forward(x)
-    for weight in reversed(chain.weights):
-        (weight.grad,) = torch.autograd.grad(out.sum(), weight, retain_graph=True)
-
-
 def with_something_between(chain: Chain, x: Tensor) -> None:
     chain.forward(x, lambda function, x: chain.call(function, x) + 1).sum().backward()
 
@@ -236,7 +221,7 @@ def with_unpack_hook_beside(chain: Chain, x: Tensor) -> None:
 
 def with_segments_inside(chain: Chain, x: Tensor) -> None:
     def inside(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return chain.call(lambda x: call_of(False)(torch.sin, function(x)), x)
+        return chain.call(lambda x: checkpointed()(torch.sin, function(x)), x)
 
     chain.forward(x, inside).sum().backward()
 
@@ -255,22 +240,11 @@ def with_hook_of_the_root(chain: Chain, x: Tensor) -> None:
     loss.backward()
 
 
-class DoublesInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x.mul_(2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad * 2
-
-
 def with_function_in_a_view(chain: Chain, x: Tensor) -> None:
     def inside(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         def changed(x: Tensor) -> Tensor:
             x = function(x).clone()
-            DoublesInPlace.apply(x[:2])
+            ScalesInPlace.apply(x[:2])
             return x.sin()
 
         return chain.call(changed, x)
@@ -325,7 +299,7 @@ def test_reasons_with_saved_tensor_hooks_alone(
 @pytest.mark.parametrize("what", ["hook", "function"])
 def test_what_the_replay_puts_into_an_inner_graph(what: str) -> None:
     """Of the reentrant form: it is there after the replay, and runs in the inner backward."""
-    chain = Chain(call_of(use_reentrant=True))
+    chain = Chain(checkpointed(use_reentrant=True))
 
     def inside(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         def changed(x: Tensor) -> Tensor:
@@ -344,7 +318,7 @@ def test_what_the_replay_puts_into_an_inner_graph(what: str) -> None:
 
 def test_another_segment_in_between() -> None:
     """What the graph of the other one runs is not known before its replay."""
-    chain = Chain(call_of(use_reentrant=True), length=2)
+    chain = Chain(checkpointed(use_reentrant=True), length=2)
     x = chain.call(chain.segment(0), leaf(4))
     side = chain.call(lambda x: Doubled.apply(x), x)
     (chain.call(chain.segment(1), x) + side).sum().backward()
@@ -406,7 +380,7 @@ def test_a_node_that_has_the_address_of_another(in_hooks: Chain) -> None:
 
 
 def test_a_small_view_of_something_large() -> None:
-    chain = Chain(call_of(use_reentrant=False), width=600, length=2)
+    chain = Chain(checkpointed(), width=600, length=2)
 
     def first(x: Tensor) -> Tensor:
         x = chain.segment(0)(x)
@@ -417,10 +391,10 @@ def test_a_small_view_of_something_large() -> None:
     assert chain.replayed == [1, 0] and chain.ahead == []
 
 
-def test_a_chain_that_is_long_is_freed(call: Any) -> None:
+def test_a_chain_that_is_long_is_freed(call: Call) -> None:
     x = leaf(4)
     out = x
-    for _ in range(100_000 if call.__name__ == "hooks" else 20_000):
+    for _ in range(100_000):
         out = call(torch.sin, out)
     del out
     call(torch.cos, x).sum().backward()
@@ -457,17 +431,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.fixture
-def nothing_is_left() -> Iterator[None]:
-    gc.collect()
-    before = ledger.live_segments(), ledger.live_slots()
-    yield
-    gc.collect()
-    assert (ledger.live_segments(), ledger.live_slots()) == before
-
-
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.usefixtures("nothing_is_left")
 def test_an_error_ahead(error: type[BaseException], call: Call) -> None:
     chain = Chain(call)
     whole = chain.segment(1)
@@ -507,7 +471,6 @@ def test_the_error_of_a_replay_that_does_not_match_names_its_segment(in_hooks: C
     assert "Asked for by" not in message  # nobody has
 
 
-@pytest.mark.usefixtures("nothing_is_left")
 def test_what_is_ahead_of_a_backward_that_fails_is_dropped(call: Call) -> None:
     made: list[weakref.ref[Tensor]] = []
 
@@ -533,20 +496,8 @@ def test_threads_that_share_a_chain(chain: Chain) -> None:
     x = leaf(4)
     shared = chain.forward(x)
     losses = [shared.sin().sum(), shared.cos().sum()]
-    errors: list[BaseException] = []
-
-    def backward(loss: Tensor) -> None:
-        try:
-            loss.backward(retain_graph=True)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=backward, args=(loss,)) for loss in losses]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors and sorted(chain.replayed) == sorted([*range(LENGTH)] * 2)
+    in_threads(2, lambda i: losses[i].backward(retain_graph=True))
+    assert sorted(chain.replayed) == sorted([*range(LENGTH)] * 2)
 
 
 @both_forms

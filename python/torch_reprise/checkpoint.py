@@ -362,13 +362,13 @@ def _checkpoint(
     if preserve_rng_state is False and called_by_compiled_code() and not _C.is_traced():
         preserve_rng_state = True
     options = _validated(
-        use_reentrant=use_reentrant,
-        debug=debug,
-        context_fn=context_fn,
         early_stop=early_stop,
-        determinism_check=determinism_check,
-        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
         preserve_rng_state=preserve_rng_state,
+        determinism_check=determinism_check,
+        context_fn=context_fn,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+        debug=debug,
+        use_reentrant=use_reentrant,
     )
     if function is None and not args:
         if kwargs:
@@ -514,13 +514,13 @@ class Checkpointer:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
         self._options: dict[str, Any] = {
             **_validated(
-                use_reentrant=use_reentrant,
-                debug=debug,
-                context_fn=context_fn,
                 early_stop=early_stop,
-                determinism_check=determinism_check,
-                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
                 preserve_rng_state=preserve_rng_state,
+                determinism_check=determinism_check,
+                context_fn=context_fn,
+                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+                debug=debug,
+                use_reentrant=use_reentrant,
             ),
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,

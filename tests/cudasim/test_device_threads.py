@@ -2,7 +2,7 @@
 
 Autograd runs the nodes of each device in a thread of its own. Where a segment has tensors on
 several devices, each of these threads wants its saved tensors: one replays, the others wait for
-it. `Together` makes them ask at the same moment, round after round.
+it. `Waits` makes them ask at the same moment, round after round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_helpers import draws, generator, leaf, needs_devices, offsets
-from helpers import both_forms, plain
+from helpers import both_forms, checkpointed, plain
 from torch import Tensor
 
 from torch_reprise import GraphExecGroup, checkpoint, ledger
@@ -35,17 +35,17 @@ def no_deadlock() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-class Together(torch.autograd.Function):
-    """In backward, waits until as many threads are here as the barrier wants."""
+class Waits(torch.autograd.Function):
+    """In backward, waits until as many threads are here as a barrier wants, or for an event."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, barrier: threading.Barrier) -> Tensor:
-        ctx.barrier = barrier
+    def forward(ctx: Any, x: Tensor, until: threading.Barrier | threading.Event) -> Tensor:
+        ctx.until = until
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.barrier.wait(TIMEOUT)
+        assert ctx.until.wait(TIMEOUT) is not False, "nobody has set the event"
         return grad, None
 
 
@@ -92,7 +92,7 @@ def test_threads_that_race_for_one_segment(count: int) -> None:
         torch.rand(4, device="cuda:1")
         standing = offsets()
         before = ledger.replays()
-        torch.autograd.backward([Together.apply(out, barrier).sum() for out in outs])
+        torch.autograd.backward([Waits.apply(out, barrier).sum() for out in outs])
         assert ledger.replays() == before + 1 and len(fn.threads) == 2
         assert fn.offsets[0] == fn.offsets[1]
         assert offsets() == standing
@@ -110,7 +110,7 @@ def test_threads_that_race_for_the_segment_inside_of_another(count: int) -> None
         outer = Noted(lambda *xs, inner=inner: checkpoint(inner, *each(*xs), use_reentrant=False))
         outs = checkpoint(outer, *xs, use_reentrant=False)
         standing = offsets()
-        torch.autograd.backward([Together.apply(out, barrier).sum() for out in outs])
+        torch.autograd.backward([Waits.apply(out, barrier).sum() for out in outs])
         assert (len(outer.threads), len(inner.threads)) == (2, 2)
         assert outer.offsets[0] == outer.offsets[1]
         assert inner.offsets[0] == inner.offsets[1]
@@ -128,7 +128,7 @@ def test_the_reentrant_form_replays_once_for_all_devices(count: int) -> None:
         outs = checkpoint(fn, *xs, use_reentrant=True)
         torch.rand(4, device="cuda:1")
         standing = offsets()
-        torch.autograd.backward([Together.apply(out, barrier).sum() for out in outs])
+        torch.autograd.backward([Waits.apply(out, barrier).sum() for out in outs])
         assert len(fn.threads) == 2 and fn.offsets[0] == fn.offsets[1]
         assert offsets() == standing
         assert all(x.grad is not None for x in xs)
@@ -146,7 +146,7 @@ def test_threads_that_race_in_a_group(count: int) -> None:
         standing = offsets()
         before = ledger.replays()
         with GraphExecGroup():
-            waiting = [Together.apply(out, barrier).sum() for out in outs]
+            waiting = [Waits.apply(out, barrier).sum() for out in outs]
             torch.autograd.backward(waiting, retain_graph=True)
             barrier.reset()
             torch.autograd.backward(waiting)
@@ -180,20 +180,6 @@ def test_replays_of_different_devices_do_not_wait_for_each_other(
     torch.autograd.backward([out.sum() for out in outs])
     assert calls == dict.fromkeys(range(count), 2)
     assert offsets() == standing
-
-
-class Waits(torch.autograd.Function):
-    """In backward, waits until somebody sets the event."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, event: threading.Event) -> Tensor:
-        ctx.event = event
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        assert ctx.event.wait(TIMEOUT), "the thread that waits for this backward ran nothing else"
-        return grad, None
 
 
 @both_forms
@@ -230,8 +216,6 @@ def test_a_thread_that_waits_inside_of_a_replay_replays_what_else_is_ready(
         assert run is plain or threads == [[threading.get_ident()] * 2] * 2
         return [*outs, *(x.grad for x in xs), torch.get_rng_state()]
 
-    def checkpointed(function: Callable[..., Tensor], x: Tensor) -> Tensor:
-        return checkpoint(function, x, use_reentrant=use_reentrant)
-
-    for expected, found in zip(program(plain), program(checkpointed), strict=True):
+    run = checkpointed(use_reentrant=use_reentrant)
+    for expected, found in zip(program(plain), program(run), strict=True):
         assert torch.equal(expected, found)

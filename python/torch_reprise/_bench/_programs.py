@@ -60,20 +60,30 @@ def remat() -> dict[str, Segment]:
 AGAIN = "called again"
 
 
-def called_again(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """No checkpointing: backward calls the function once more and keeps nothing.
+def call_again(function: Callable[[Tensor], Tensor], value: Tensor) -> None:
+    """Runs a segment for nothing, with a graph of its own."""
+    with torch.enable_grad():
+        function(value.detach().requires_grad_())
+
+
+def called_again(times: int = 1) -> Segment:
+    """No checkpointing: backward calls the function so many times more and keeps nothing.
 
     What checkpointing costs that has no bookkeeping at all, for a forward in the middle of a
     backward is not as fast as one in a loop.
     """
-    result = function(value)
 
-    def call(_: Tensor) -> None:
-        with torch.enable_grad():
-            function(value.detach().requires_grad_())
+    def segment(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+        result = function(value)
 
-    result.register_hook(call)  # type: ignore[no-untyped-call]
-    return result
+        def call(gradient: Tensor) -> None:
+            for _ in range(times):
+                call_again(function, value)
+
+        result.register_hook(call)  # type: ignore[no-untyped-call]
+        return result
+
+    return segment
 
 
 def implementations() -> dict[str, dict[str, Segment]]:

@@ -190,5 +190,5 @@ def main(argv: Sequence[str] | None = None, functions: Functions | None = None) 
     """
     if functions is None:
         functions = implementations()
-        functions["non-reentrant"].update(remat(), **{AGAIN: called_again})
+        functions["non-reentrant"].update(remat(), **{AGAIN: called_again()})
     return COMMAND.run(argv, partial(run, functions=functions))
