@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -33,6 +34,11 @@ std::atomic<uint64_t> g_last_token{0};
 // Read without the lock by every replay; changed with it.
 std::atomic<uint64_t> g_turns{0};
 std::atomic<size_t> g_held{0};
+struct OfKind {
+  std::atomic<size_t> held{0};
+  std::atomic<uint64_t> changes{0};
+};
+std::array<OfKind, Lease::kKinds> g_of_kinds;
 State* g_state = nullptr;  // never destroyed: threads may outlive static teardown
 
 State& state() {
@@ -42,6 +48,9 @@ State& state() {
     pthread_atfork(nullptr, nullptr, [] {
       g_state = new State;
       g_held.store(0);
+      for (auto& of_kind : g_of_kinds) {
+        of_kind.held.store(0);
+      }
     });
     return true;
   }();
@@ -58,6 +67,19 @@ bool held_by_other(const State& s, const void* key, uint64_t token, uint64_t als
 bool held_by_other_than(const State& s, Lease::Kind kind, uint64_t token) {
   return std::any_of(s.held.begin(), s.held.end(),
                      [&](const auto& held) { return held.kind == kind && held.token != token; });
+}
+
+OfKind& of_kind(Lease::Kind kind) { return g_of_kinds[static_cast<size_t>(kind)]; }
+
+// With the lock: `held` of a kind are held now. The fences go with those in changes().
+void note_held(Lease::Kind kind, size_t held) {
+  constexpr auto kRelaxed = std::memory_order_relaxed;
+  OfKind& of = of_kind(kind);
+  std::atomic_thread_fence(std::memory_order_release);
+  g_held.store(g_held.load(kRelaxed) + held - of.held.load(kRelaxed), kRelaxed);
+  of.held.store(held, kRelaxed);
+  of.changes.store(of.changes.load(kRelaxed) + 1, kRelaxed);
+  std::atomic_thread_fence(std::memory_order_release);
 }
 
 }  // namespace
@@ -78,7 +100,7 @@ bool Lease::try_take(uint64_t token, uint64_t also, const Keys& keys) {
       taken_.push_back(key);
     }
   }
-  g_held.store(s.held.size());
+  note_held(kind_, of_kind(kind_).held + taken_.size());
   others_held_ = held_by_other_than(s, kind_, token);
   // Last: whoever counts this turn as one of the past sees that it is held.
   if (kind_ == Kind::kGenerator) {
@@ -143,7 +165,8 @@ Lease::~Lease() {
   {
     std::lock_guard<std::mutex> lock(s.mutex);
     anybody_waits = !s.waiting.empty();
-    if (s.held.size() == taken_.size()) {  // nobody else holds any, as nearly always
+    const size_t before = s.held.size();
+    if (before == taken_.size()) {  // nobody else holds any, as nearly always
       s.held.clear();
     } else {
       s.held.erase(std::remove_if(s.held.begin(), s.held.end(),
@@ -153,7 +176,7 @@ Lease::~Lease() {
                                   }),
                    s.held.end());
     }
-    g_held.store(s.held.size());
+    note_held(kind_, of_kind(kind_).held - (before - s.held.size()));
   }
   if (anybody_waits) {
     s.given_back.notify_all();
@@ -175,13 +198,18 @@ bool Lease::held_by_this_chain() {
 }
 
 bool Lease::held_by_others(Kind kind) {
-  if (g_held.load() == 0) {
+  if (of_kind(kind).held.load(std::memory_order_acquire) == 0) {
     return false;
   }
   const uint64_t token = compat::chain_token();
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
   return held_by_other_than(s, kind, token);
+}
+
+uint64_t Lease::changes(Kind kind) {
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return of_kind(kind).changes.load(std::memory_order_acquire);
 }
 
 uint64_t Lease::turns() { return g_turns.load(); }

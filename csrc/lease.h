@@ -44,6 +44,7 @@ namespace reprise {
 class Lease {
  public:
   enum class Kind : uint8_t { kGenerator, kHostGenerators, kSettings, kBuffer, kObject };
+  static constexpr size_t kKinds = 5;
   // Addresses of what is taken; only compared.
   using Keys = c10::SmallVector<const void*, 8>;
 
@@ -66,6 +67,9 @@ class Lease {
   // Does another chain hold anything of this kind? Then some of it is not what the
   // program has made of it.
   static bool held_by_others(Kind kind);
+  // How often leases of this kind were taken or given back. What was read between two calls
+  // that say the same, while no other chain held any, is what the program has made of it.
+  static uint64_t changes(Kind kind);
   // How many leases of generators were taken so far, by anybody.
   static uint64_t turns();
   // Is that thread waiting for one?

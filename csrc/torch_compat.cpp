@@ -388,7 +388,7 @@ REPRISE_OPEN_MEMBER(InitialisedOfContext, at::Context, init_,
 }  // namespace
 
 bool is_initialised_in_core(c10::DeviceType type) {
-  auto& flags = at::globalContext().*member_of(InitialisedOfContext());
+  static auto& flags = at::globalContext().*member_of(InitialisedOfContext());
   return flags[static_cast<size_t>(type)].test_once();
 }
 

@@ -194,7 +194,7 @@ std::string AmbientState::settings_diff() const {
 
 namespace {
 
-constexpr char kSettings = 0;  // its address is what a lease of the settings is of
+constexpr char kKeyOfSettings = 0;  // its address is what a lease of the settings is of
 
 // Makes no context for it.
 void set_device(std::optional<c10::Device> device) {
@@ -218,9 +218,12 @@ AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
       state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
   const bool needs_cpu = !state.has_default_device_ && default_device_is_set();
   const auto cpu = needs_cpu ? host().cpu_device_mode() : nullptr;
+  constexpr auto kSettings = Lease::Kind::kSettings;
+  const auto changes = Lease::changes(kSettings);
   outer_flags_ = TorchFlags::current();
-  if (state.flags_ != outer_flags_ || Lease::held_by_others(Lease::Kind::kSettings)) {
-    settings_.emplace(Lease::Kind::kSettings, Lease::Keys{&kSettings},
+  if (state.flags_ != outer_flags_ || Lease::held_by_others(kSettings) ||
+      Lease::changes(kSettings) != changes) {
+    settings_.emplace(kSettings, Lease::Keys{&kKeyOfSettings},
                       [](size_t) { return std::string("the settings of torch"); });
     outer_flags_ = TorchFlags::current();
   }

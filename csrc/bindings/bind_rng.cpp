@@ -1,9 +1,6 @@
-#include <pthread.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <chrono>
 #include <mutex>
 #include <optional>
@@ -23,45 +20,11 @@ namespace py = pybind11;
 namespace reprise::bindings {
 namespace {
 
-// torch initialises these lazily and says so in their Python module; asking the
-// driver would initialise it, and break a later fork. A program on the CPU with a CUDA
-// build of torch asks several times per segment, so Python, which also knows of forks,
-// is asked only when the core of torch has initialised them.
-bool is_initialised_lazily(c10::DeviceType type, const char* module_name) {
-  if (!compat::is_initialised_in_core(type)) {
-    return false;
-  }
+// What the Python module of a device type says, which also knows of forks.
+bool is_initialised_in_python(c10::DeviceType type) {
+  std::string name = c10::DeviceTypeName(type, /*lower_case=*/true);
   WithInterpreter lock;
-  return py::module_::import("torch").attr(module_name).attr("is_initialized")().cast<bool>();
-}
-
-std::array<std::atomic<bool>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> g_initialised{};
-
-bool is_initialised(c10::DeviceType type) {
-  // Once yes, always yes in this process, so that a segment pays one load.
-  auto& yes = g_initialised[static_cast<size_t>(type)];
-  if (yes.load(std::memory_order_relaxed)) {
-    return true;
-  }
-  bool now = false;
-  switch (type) {
-    case c10::DeviceType::CUDA:
-      now = is_initialised_lazily(type, "cuda");
-      break;
-    case c10::DeviceType::XPU:
-      now = is_initialised_lazily(type, "xpu");
-      break;
-    case c10::DeviceType::MTIA:
-      now = is_initialised_lazily(type, "mtia");
-      break;
-    default:
-      now = accelerator_has_context(type);
-      break;
-  }
-  if (now) {
-    yes.store(true, std::memory_order_relaxed);
-  }
-  return now;
+  return py::module_::import("torch").attr(name.c_str()).attr("is_initialized")().cast<bool>();
 }
 
 // A turn with the generators of Python and NumPy, which replays rewind in Python.
@@ -144,13 +107,7 @@ void bind_snapshot(py::module_& module) {
 }  // namespace
 
 void bind_rng(py::module_& module) {
-  set_initialised_query(&is_initialised);
-  // torch refuses a device in the child of a process that has initialised it.
-  pthread_atfork(nullptr, nullptr, [] {
-    for (auto& yes : g_initialised) {
-      yes.store(false, std::memory_order_relaxed);
-    }
-  });
+  set_initialised_query(&is_initialised_in_python);
   bind_snapshot(module);
   module.def("default_generators", [] {
     const auto generators = default_generators();

@@ -13,11 +13,12 @@
 #include "bindings/python_object.h"
 #include "bindings/reach.h"
 #include "lease.h"
+#include "pool.h"
 #include "segment/segment.h"
 
 namespace reprise::bindings {
 
-class PythonProgram final : public Program {
+class PythonProgram final : public Program, public Pooled<PythonProgram> {
  public:
   // With the interpreter lock. Appends the tensor arguments to `inputs` and what else
   // among them is neither a container nor immutable to `others` (borrowed).

@@ -4,77 +4,27 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/MT19937RNGEngine.h>
 #include <c10/util/Exception.h>
-#include <pthread.h>
 
 #include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstring>
-#include <mutex>
-#include <new>
 #include <optional>
 #include <typeinfo>
-#include <vector>
 
+#include "per_thread.h"
+#include "pool.h"
 #include "torch_compat.h"
 
 namespace reprise {
 
-namespace {
-
-// Memory of mt19937 blocks that nobody needs any more, for the next ones. Asking
-// malloc for 2.5 KB makes it tidy up all small blocks first, which costs a segment
-// several times what is done with the state.
-class BlockMemory {
- public:
-  static void* take(size_t size) {
-    {
-      std::lock_guard<std::mutex> lock(get().mutex_);
-      if (!get().blocks_.empty()) {
-        void* block = get().blocks_.back();
-        get().blocks_.pop_back();
-        return block;
-      }
-    }
-    return ::operator new(size);
-  }
-  static void give_back(void* block) {
-    {
-      std::lock_guard<std::mutex> lock(get().mutex_);
-      if (get().blocks_.size() < kMostBlocks) {
-        get().blocks_.push_back(block);
-        return;
-      }
-    }
-    ::operator delete(block);
-  }
-
- private:
-  static constexpr size_t kMostBlocks = 256;  // 640 KB: as many segments with dropout
-
-  BlockMemory() { blocks_.reserve(kMostBlocks); }
-  static BlockMemory& get() {
-    static BlockMemory* memory = [] {
-      // A thread that held the lock when the process forked is not in the child.
-      pthread_atfork(nullptr, nullptr, [] { new (&get().mutex_) std::mutex; });
-      return new BlockMemory;  // never destroyed: blocks may outlive static teardown
-    }();
-    return *memory;
-  }
-
-  std::mutex mutex_;
-  std::vector<void*> blocks_;  // all of one size
-};
-
-}  // namespace
-
 // The words of an engine; immutable once made, shared between states.
-struct Mt19937Block : c10::intrusive_ptr_target {
+// Pooled: asking malloc for 2.5 KB makes it tidy up all small blocks first, which costs a segment
+// several times what is done with the state.
+struct Mt19937Block final : c10::intrusive_ptr_target, Pooled<Mt19937Block> {
   explicit Mt19937Block(const at::mt19937_data_pod& now) {
     std::memcpy(&engine, &now, sizeof(now));
   }
-  static void* operator new(size_t size) { return BlockMemory::take(size); }
-  static void operator delete(void* block) { BlockMemory::give_back(block); }
 
   at::mt19937_data_pod engine;  // its position is that of the first capture
 };
@@ -114,13 +64,17 @@ void set_stamp(at::mt19937_data_pod& data, uint32_t stamp) {
   std::memcpy(reinterpret_cast<char*>(&data) + kPadding, &stamp, 3);
 }
 
+// Never 0. A thread takes 255 at once.
 uint32_t new_stamp() {
-  static std::atomic<uint32_t> last{0};
-  uint32_t stamp = 0;
-  while (stamp == 0) {
-    stamp = last.fetch_add(1, std::memory_order_relaxed) & 0xffffff;
+  struct Last {
+    uint32_t stamp = 255;
+  };
+  static std::atomic<uint32_t> taken{0};
+  uint32_t& last = per_thread<Last>().stamp;
+  if (last % 256 == 255) {
+    last = taken.fetch_add(256, std::memory_order_relaxed);
   }
-  return stamp;
+  return ++last & 0xffffff;
 }
 
 // The mark that a generator was given last. What else its padding has is no mark: a seed
@@ -150,7 +104,6 @@ struct LastBlock {
   Block block;
   uint32_t stamp = 0;
 };
-thread_local LastBlock t_last;
 
 // Not cryptographic: it tells states of one generator apart, of which a program
 // meets few.
@@ -372,7 +325,7 @@ struct GeneratorState::Mt19937 {
 
   static void capture(at::CPUGeneratorImpl& generator, GeneratorState& state) {
     at::mt19937_data_pod& now = compat::mt19937_data(generator);
-    LastBlock& last = t_last;
+    LastBlock& last = per_thread<LastBlock>();
     if (!last.block || !has_words(now, last.block->engine, last.stamp)) {
       last.block = c10::make_intrusive<Mt19937Block>(now);
     }
@@ -389,7 +342,7 @@ struct GeneratorState::Mt19937 {
 
   static void apply(at::CPUGeneratorImpl& generator, const GeneratorState& state) {
     at::mt19937_data_pod& data = compat::mt19937_data(generator);
-    LastBlock& last = t_last;
+    LastBlock& last = per_thread<LastBlock>();
     const uint32_t stamp = stamp_of(data);
     const bool has_them =
         stamp != 0 &&

@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <c10/core/DeviceType.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
@@ -11,14 +12,15 @@
 
 #include "per_thread.h"
 #include "rng/stream_capture.h"
+#include "torch_compat.h"
 
 namespace reprise {
 namespace {
 
-InitialisedQuery& initialised_query() {
-  static InitialisedQuery query;
-  return query;
-}
+std::atomic<InitialisedQuery> g_initialised_query{nullptr};
+
+// Once yes, always yes in this process, so that a segment pays one load.
+std::array<std::atomic<bool>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> g_initialised{};
 
 // Device types that can have generators of their own and that this torch was
 // built with or was given; looked up once, for a backend cannot vanish.
@@ -37,8 +39,41 @@ const c10::SmallVector<c10::DeviceType, 4>& built_accelerators() {
   return types;
 }
 
+bool has_context(c10::DeviceType type) {
+  const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
+  for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
+    if (hooks.hasPrimaryContext(index)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Of these torch's core has a flag, and their Python module another.
+bool is_lazy(c10::DeviceType type) {
+  using c10::DeviceType;
+  return type == DeviceType::CUDA || type == DeviceType::XPU || type == DeviceType::MTIA;
+}
+
+bool asked_if_initialised(c10::DeviceType type) {
+  const auto query = g_initialised_query.load(std::memory_order_relaxed);
+  return query != nullptr && is_lazy(type) ? query(type) : has_context(type);
+}
+
 bool is_initialised(c10::DeviceType type) {
-  return initialised_query() ? initialised_query()(type) : accelerator_has_context(type);
+  auto& yes = g_initialised[static_cast<size_t>(type)];
+  if (yes.load(std::memory_order_relaxed)) {
+    return true;
+  }
+  // A program on the CPU with a CUDA build of torch asks several times per segment.
+  if (is_lazy(type) && !compat::is_initialised_in_core(type)) {
+    return false;
+  }
+  const bool now = asked_if_initialised(type);
+  if (now) {
+    yes.store(true, std::memory_order_relaxed);
+  }
+  return now;
 }
 
 // Calls `visit` with the default generators of an initialised type.
@@ -86,17 +121,19 @@ void visit_defaults(const Visit& visit) {
 
 }  // namespace
 
-bool accelerator_has_context(c10::DeviceType type) {
-  const auto& hooks = at::globalContext().getAcceleratorHooksInterface(type);
-  for (c10::DeviceIndex index = 0, n = hooks.deviceCount(); index < n; ++index) {
-    if (hooks.hasPrimaryContext(index)) {
-      return true;
-    }
-  }
-  return false;
+void set_initialised_query(InitialisedQuery query) {
+  g_initialised_query.store(query);
+  static const bool forgets_in_children = [] {
+    // torch refuses a device in the child of a process that has initialised it.
+    pthread_atfork(nullptr, nullptr, [] {
+      for (auto& yes : g_initialised) {
+        yes.store(false, std::memory_order_relaxed);
+      }
+    });
+    return true;
+  }();
+  (void)forgets_in_children;
 }
-
-void set_initialised_query(InitialisedQuery query) { initialised_query() = std::move(query); }
 
 std::optional<c10::Device> current_accelerator_device() {
   for (auto type : built_accelerators()) {

@@ -14,7 +14,6 @@
 #include <c10/util/SmallVector.h>
 
 #include <exception>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -34,14 +33,11 @@ GeneratorList default_generators();
 const at::Generator* default_generator(c10::Device device);
 void visit_default_generators(c10::function_ref<void(const at::Generator&)> visit);
 
-// Tells whether an accelerator is initialised; the core cannot know for CUDA
-// without a CUDA header (its own query would initialise the driver), so the
-// bindings install torch's Python-level answer. Unset: the hooks interface is
-// asked for a primary context.
-using InitialisedQuery = std::function<bool(c10::DeviceType)>;
+// Tells whether an accelerator is initialised of those that torch initialises lazily: asking the
+// driver would initialise it, and break a later fork. The bindings install torch's Python-level
+// answer. Unset: the hooks interface is asked for a primary context, as it is for the others.
+using InitialisedQuery = bool (*)(c10::DeviceType);
 void set_initialised_query(InitialisedQuery query);
-// What the hooks interface says: for backends that have no flag of their own.
-bool accelerator_has_context(c10::DeviceType type);
 
 // The current device of the first accelerator that is initialised; none if none is.
 std::optional<c10::Device> current_accelerator_device();

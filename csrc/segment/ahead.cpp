@@ -22,7 +22,7 @@ namespace {
 struct GraphTask {
   int64_t id = -1;
   bool runs_no_user_code = false;
-  std::vector<uint64_t> reentrant = {};  // nodes of that form, by their numbers
+  std::vector<uint64_t> reentrant = {};  // numbers of nodes of that form, in order
 
   // The one that this thread works for.
   static const GraphTask& current() {
@@ -49,6 +49,7 @@ struct GraphTask {
                         std::all_of(nodes->begin(), nodes->end(), [this](ag::Node* node) {
                           return is_plain(*node) && is_of_one_thread(*node);
                         });
+    std::sort(reentrant.begin(), reentrant.end());
   }
 
   bool is_plain(ag::Node& node) {
@@ -82,10 +83,9 @@ const std::unordered_set<ag::Node*>* Ahead::nodes_if_possible_in_hooks() {
 
 bool Ahead::is_possible_in_nodes(const ag::Node& node, const ag::Node& next) {
   const GraphTask& task = GraphTask::current();
-  return task.runs_no_user_code &&
-         std::none_of(task.reentrant.begin(), task.reentrant.end(), [&](uint64_t number) {
-           return next.sequence_nr() < number && number < node.sequence_nr();
-         });
+  const auto& numbers = task.reentrant;
+  const auto newer = std::upper_bound(numbers.begin(), numbers.end(), next.sequence_nr());
+  return task.runs_no_user_code && (newer == numbers.end() || *newer >= node.sequence_nr());
 }
 
 }  // namespace reprise

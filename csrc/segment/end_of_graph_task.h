@@ -12,7 +12,7 @@
 namespace reprise {
 
 // A graph task destroys its callbacks at its end: then T::forget(key) is called for all objects
-// that a thread has added. One of these for each thread, task and class.
+// that a thread has added and that are still there. One of these for each thread, task and class.
 template <typename T>
 class EndOfGraphTask {
  public:
@@ -32,8 +32,8 @@ class EndOfGraphTask {
 
   explicit EndOfGraphTask(const compat::ReplayKey& key) : key_(key) {}
   ~EndOfGraphTask() {
-    for (const auto& weak : objects_) {
-      if (const auto object = weak.lock()) {
+    for (const auto& added : objects_) {
+      if (const auto object = added.weak.lock()) {
         object->forget(key_);
       }
     }
@@ -41,11 +41,41 @@ class EndOfGraphTask {
   EndOfGraphTask(const EndOfGraphTask&) = delete;
   EndOfGraphTask& operator=(const EndOfGraphTask&) = delete;
 
-  void add(T& object) { objects_.push_back(c10::weak_intrusive_ptr<T>::reclaim_copy(&object)); }
+  // Where an object was added last, for take_out().
+  struct Place {
+    const EndOfGraphTask* list = nullptr;  // only compared
+    size_t index = 0;
+  };
+  Place add(T& object) {
+    objects_.push_back({&object, c10::weak_intrusive_ptr<T>::reclaim_copy(&object)});
+    return {this, objects_.size() - 1};
+  }
+  // The object is not needed any more. On a thread of the task, where nearly all go, its memory is
+  // let go now: of a long chain of segments it would have left the caches by the end.
+  static void take_out(const T& object, const Place& place) noexcept {
+    if (place.list == nullptr) {
+      return;
+    }
+    const auto end = per_thread<std::weak_ptr<EndOfGraphTask>>().lock();
+    if (end.get() != place.list) {
+      return;
+    }
+    auto& objects = end->objects_;
+    if (place.index < objects.size() && objects[place.index].object == &object) {
+      objects[place.index] = {};
+      while (!objects.empty() && objects.back().object == nullptr) {
+        objects.pop_back();
+      }
+    }
+  }
 
  private:
   const compat::ReplayKey key_;
-  std::vector<c10::weak_intrusive_ptr<T>> objects_;
+  struct Added {
+    const T* object = nullptr;  // only compared
+    c10::weak_intrusive_ptr<T> weak{c10::intrusive_ptr<T>()};
+  };
+  std::vector<Added> objects_;
 };
 
 }  // namespace reprise

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <unordered_set>
 
+#include "pool.h"
 #include "segment/replay.h"
 #include "segment/segment.h"
 
@@ -13,7 +14,8 @@ namespace reprise {
 Ledger& Ledger::get() {
   static Ledger* ledger = [] {
     // Not while another thread holds one of the locks: that thread is not in the child.
-    // Whoever holds one waits for nobody.
+    // Whoever holds one waits for nobody but a pool.
+    Pool::prepare_for_forks();
     pthread_atfork([] { get().lock_all(); }, [] { get().unlock_all(); },
                    [] { get().unlock_all(); });
     return new Ledger;  // never destroyed: segments may outlive static teardown

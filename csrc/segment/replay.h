@@ -58,6 +58,7 @@
 #include <vector>
 
 #include "fingerprint/value_notes.h"
+#include "pool.h"
 #include "rng/rng_stash.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
@@ -87,7 +88,7 @@ class ReplayMark {
   const std::shared_ptr<Timeline>& timeline_;
 };
 
-class Replay final : public Recorder {
+class Replay final : public Recorder, public Pooled<Replay> {
  public:
   // `keep`: unpacks leave the values here (a group whose end we are told).
   Replay(compat::ReplayKey key, bool keep, std::optional<c10::SafePyObject> group)

@@ -11,7 +11,6 @@
 #include "lease.h"
 #include "per_thread.h"
 #include "segment/ahead.h"
-#include "segment/end_of_graph_task.h"
 #include "segment/ledger.h"
 #include "segment/replay.h"
 #include "segment/slot_hooks.h"
@@ -142,6 +141,7 @@ void Segment::drop() noexcept {
   dropped_ = true;
   Ledger::get().remove(*this);
   replays_.clear();
+  EndOfGraphTask<Segment>::take_out(*this, place_in_task_);
   previous_ = {};
   for (const auto* storage : held_inputs_) {
     holder_->drop(storage);
@@ -427,13 +427,15 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
       replay->keep_from_now_on();
     } else if (!prepared) {
       lock.unlock();
+      EndOfGraphTask<Segment>::Place place;
       if (key.is_group()) {
         group = compat::current_group();
       } else {
-        EndOfGraphTask<Segment>::of(key)->add(*this);
+        place = EndOfGraphTask<Segment>::of(key)->add(*this);
       }
       prepared = true;
       lock.lock();
+      place_in_task_ = place;
       continue;  // another thread may have been quicker
     } else {
       replay = c10::make_intrusive<Replay>(key, keep, std::move(group));
@@ -491,16 +493,16 @@ void Segment::replay_ahead(const compat::ReplayKey& key) {
   const InterpreterHeld held;  // once for all of them
   for (int i = 0; i < Ahead::kMostSegments && nodes->count(asked->previous_.node) != 0; ++i) {
     auto previous = asked->previous_.lock();
-    if (!previous || !previous->replay_before_asked(key, &bytes)) {
+    if (!previous || !previous->replay_before_asked(key, *end, &bytes)) {
       return;
     }
-    end->add(*previous);
     next = std::move(previous);
     asked = next.get();
   }
 }
 
-bool Segment::replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes) {
+bool Segment::replay_before_asked(const compat::ReplayKey& key, EndOfGraphTask<Segment>& end,
+                                  uint64_t* bytes) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (!forward_done_ || live_ == 0 || bytes_of_replay_ > *bytes || find_replay(key) != nullptr ||
       !may_be_ahead()) {
@@ -512,6 +514,7 @@ bool Segment::replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes)
   replays_.push_back(replay);
   replay->start(*this, std::nullopt);
   run_replay(lock, replay);
+  place_in_task_ = end.add(*this);
   return true;
 }
 

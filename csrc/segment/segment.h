@@ -48,7 +48,9 @@
 #include "effects/reached_state.h"
 #include "fingerprint/value_notes.h"
 #include "host.h"
+#include "pool.h"
 #include "rng/rng_stash.h"
+#include "segment/end_of_graph_task.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
 #include "torch_compat.h"
@@ -114,7 +116,7 @@ struct SegmentOptions {
   bool may_be_ahead = true;       // there is nothing of the user's around a replay: ahead.h
 };
 
-class Segment final : public Recorder {
+class Segment final : public Recorder, public Pooled<Segment> {
  public:
   // `generators`: explicit ones that fn may draw from. `reached`: tensors that it
   // reaches by itself.
@@ -199,7 +201,8 @@ class Segment final : public Recorder {
   void replay_ahead(const compat::ReplayKey& key);
   // Replays this one if that was not begun, and if what it recomputes has at most `*bytes`, which
   // it takes off. False if it did not.
-  bool replay_before_asked(const compat::ReplayKey& key, uint64_t* bytes);
+  bool replay_before_asked(const compat::ReplayKey& key, EndOfGraphTask<Segment>& end,
+                           uint64_t* bytes);
 
   // Waits for the replay that fills the slot or runs it. Without mutex_.
   at::Tensor replay_and_unpack(const compat::ReplayKey& key, uint32_t index);
@@ -300,6 +303,7 @@ class Segment final : public Recorder {
   Segment* ledger_previous_ = nullptr;
   Segment* ledger_next_ = nullptr;
 
+  EndOfGraphTask<Segment>::Place place_in_task_;  // guarded by mutex_
   bool dropped_ = false;  // by whoever drops the last reference; no lock needed
 };
 

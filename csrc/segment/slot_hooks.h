@@ -10,11 +10,12 @@
 #include <utility>
 
 #include "host.h"
+#include "pool.h"
 #include "segment/segment.h"
 
 namespace reprise {
 
-class SlotHooks final : public torch::autograd::SavedVariableHooks {
+class SlotHooks final : public torch::autograd::SavedVariableHooks, public Pooled<SlotHooks> {
  public:
   explicit SlotHooks(c10::intrusive_ptr<Segment> segment) : segment_(std::move(segment)) {}
   ~SlotHooks() override {

@@ -94,6 +94,7 @@ def interleave(
     *,
     rounds: int,
     inner: int | Mapping[str, int],
+    warm: int = 0,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Times every variant once a round and returns seconds per call, one entry a round each.
@@ -104,6 +105,7 @@ def interleave(
 
     Args:
         inner: calls in a row in a stretch, the same for all variants or for each its own.
+        warm: untimed calls before each stretch, be it ever so short.
         after_round: called where nothing is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -115,7 +117,7 @@ def interleave(
         shift = round_ % len(names)
         with collector_off():
             for name in names[shift:] + names[:shift]:
-                for _ in range(min(3, repeats[name] // 10)):
+                for _ in range(max(warm, min(3, repeats[name] // 10))):
                     variants[name]()
                 times[name].append(seconds(variants[name], repeats[name]))
         after_round()

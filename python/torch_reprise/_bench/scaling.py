@@ -18,7 +18,9 @@ R is how often the forward is repeated: once, in the nested sweep replayed calls
 unit`` is O / units. ``added`` is what each unit beyond the smallest size adds, that is
 (O(size) - O(smallest)) / (units(size) - units(smallest)): the constant cost of a segment or of
 a backward drops out of it. How the T are measured is told in ``overhead``; here all sizes of
-a sweep take turns in every round, for they are compared with each other.
+a sweep take turns in every round, for they are compared with each other; and each stretch begins
+after an untimed step of its own, for one long step finds the caches as its neighbour left them,
+where many short ones have filled them.
 
 What should come out: a cost per unit that does not depend on the number of units.
 """
@@ -190,7 +192,7 @@ def measure_sizes(
             program.drop_gradients()
         on_round()
 
-    times = interleave(thunks, rounds=options.rounds, inner=inner, after_round=after_round)
+    times = interleave(thunks, rounds=options.rounds, inner=inner, warm=1, after_round=after_round)
     return {
         size: Overheads(
             times[f"{size} plain"],
