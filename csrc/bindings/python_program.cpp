@@ -121,7 +121,7 @@ PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwarg
       debug_session_(Ref::borrow(debug_session)) {
   args_.emplace(args, inputs, &others);
   if (kwargs != nullptr && PyDict_GET_SIZE(kwargs) > 0) {
-    kwargs_.emplace(kwargs, inputs, &others);
+    kwargs_ = std::make_unique<Structure>(kwargs, inputs, &others);
   }
 }
 
@@ -130,7 +130,7 @@ PythonProgram::~PythonProgram() {
     // The members must not run their destructors: move them where nobody will.
     new Ref(std::move(function_));
     new std::optional<Structure>(std::move(args_));
-    new std::optional<Structure>(std::move(kwargs_));
+    (void)kwargs_.release();
     new Ref(std::move(replay_context_));
     new Ref(std::move(debug_session_));
     new std::vector<Reach::Module>(std::move(modules_));

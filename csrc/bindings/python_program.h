@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -58,7 +59,7 @@ class PythonProgram final : public Program, public Pooled<PythonProgram> {
   // Strong references, given back under the interpreter lock.
   Ref function_;
   std::optional<Structure> args_;
-  std::optional<Structure> kwargs_;  // absent when there are none
+  std::unique_ptr<Structure> kwargs_;  // null when there are none
   Ref replay_context_;
   Ref debug_session_;
   std::vector<Reach::Module> modules_;

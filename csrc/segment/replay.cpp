@@ -372,11 +372,12 @@ void Replay::compare_values(Segment& segment, const std::vector<ValueNotes::Note
   bool differs = false;
   {
     std::lock_guard<std::mutex> lock(segment.mutex_);
+    const auto& fingerprints = segment.watched().fingerprints;
     for (const auto& [position, value] : notes) {
-      if (position >= segment.fingerprints_.size() || !value.has_value()) {
+      if (position >= fingerprints.size() || !value.has_value()) {
         continue;
       }
-      const auto& expected = segment.fingerprints_[position];
+      const auto& expected = fingerprints[position];
       if (expected.has_value() && *expected != *value) {
         mismatches_.push_back({position, TensorMeta::of(segment.slots_[position], segment.sizes_),
                                true, std::nullopt});

@@ -3,10 +3,12 @@
 #include <ATen/SequenceNumber.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
+#include <pthread.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 
 #include "lease.h"
 #include "per_thread.h"
@@ -55,7 +57,9 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->unseen_ = Ahead::unseen();
   if (segment->in_replay_) {
-    segment->holder_ = ReplayMark::timeline();
+    if (const auto& holder = ReplayMark::timeline()) {
+      segment->watch().holder = holder;
+    }
   } else if (ledger.recording()) {
     segment->begin_row();
   }
@@ -96,10 +100,10 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
     }
     segment->note_device(input.device());
   }
-  if (segment->holder_ && !hooked) {
+  if (segment->holder() && !hooked) {
     for (const auto& input : inputs) {
-      if (segment->holder_->hold(input)) {
-        segment->held_inputs_.push_back(input.storage().unsafeGetStorageImpl());
+      if (segment->holder()->hold(input)) {
+        segment->watched_->held_inputs.push_back(input.storage().unsafeGetStorageImpl());
       }
     }
   }
@@ -112,22 +116,35 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->reached_.note(reached);
   if (options.check_values) {
-    segment->value_notes_ = std::make_unique<ValueNotes>();
+    segment->watch().value_notes = std::make_unique<ValueNotes>();
   }
   return segment;
 }
 
 void Segment::begin_row() {
   Ledger& ledger = Ledger::get();
-  row_ = ledger.new_row();
-  if (row_) {
+  auto row = ledger.new_row();
+  if (row) {
     auto name = program_->name();
-    auto lock = ledger.lock_rows();
-    row_->name = std::move(name);
-    row_->depth = depth_;
-    timeline_ = row_->timeline;
-    holder_ = timeline_;
+    {
+      auto lock = ledger.lock_rows();
+      row->name = std::move(name);
+      row->depth = depth_;
+    }
+    Watched& watched = watch();
+    watched.timeline = row->timeline;
+    watched.holder = watched.timeline;
+    watched.row = std::move(row);
   }
+}
+
+const Segment::Watched& Segment::by_nobody_ = *new Watched;
+
+Segment::Watched& Segment::watch() {
+  if (!watched_) {
+    watched_ = std::make_unique<Watched>();
+  }
+  return *watched_;
 }
 
 Segment::~Segment() { drop(); }
@@ -143,8 +160,8 @@ void Segment::drop() noexcept {
   replays_.clear();
   EndOfGraphTask<Segment>::take_out(*this, place_in_task_);
   previous_ = {};
-  for (const auto* storage : held_inputs_) {
-    holder_->drop(storage);
+  for (const auto* storage : watched().held_inputs) {
+    holder()->drop(storage);
   }
   stash_ = RngStash();
   reached_ = ReachedState();
@@ -164,8 +181,8 @@ void Segment::end_forward(const at::Tensor* output) {
     }
   }
   reached_.settle();
-  if (value_notes_) {
-    write_fingerprints(value_notes_->finish());
+  if (const auto& notes = watched().value_notes) {
+    write_fingerprints(notes->finish());
   }
   RngStash needed;
   if (options_.preserve_rng_state) {
@@ -193,12 +210,12 @@ void Segment::end_forward(const at::Tensor* output) {
   if (!in_replay_) {
     ledger.count_bytes(bytes);
   }
-  if (row_) {
+  if (row()) {
     auto names = stash_.names_of_moved();
     auto lock = ledger.lock_rows();
-    row_->slots = slots_.size();
-    row_->bytes = bytes;
-    row_->generators = std::move(names);
+    row()->slots = slots_.size();
+    row()->bytes = bytes;
+    row()->generators = std::move(names);
   }
 }
 
@@ -270,14 +287,14 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   ++live_;
   bytes_not_saved_ += bytes;
   bytes_of_replay_ += of_replay;
-  if (timeline_) {
-    timeline_->save(tensor);
+  if (timeline()) {
+    timeline()->save(tensor);
   }
   const auto index = static_cast<uint32_t>(slots_.size() - 1);
-  if (value_notes_) {
+  if (const auto& notes = watched().value_notes) {
     lock.unlock();
     try {
-      write_fingerprints(value_notes_->add(index, tensor, at::sequence_number::peek()));
+      write_fingerprints(notes->add(index, tensor, at::sequence_number::peek()));
     } catch (...) {
       release(index);  // the graph never got it
       throw;
@@ -289,10 +306,11 @@ uint32_t Segment::record(const at::Tensor& tensor) {
 void Segment::write_fingerprints(const std::vector<ValueNotes::Note>& notes) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [position, value] : notes) {
-    if (fingerprints_.size() <= position) {
-      fingerprints_.resize(position + 1);
+    auto& fingerprints = watched_->fingerprints;
+    if (fingerprints.size() <= position) {
+      fingerprints.resize(position + 1);
     }
-    fingerprints_[position] = value;
+    fingerprints[position] = value;
   }
 }
 
@@ -328,10 +346,10 @@ void Segment::release(uint32_t index) noexcept {
   for (auto& replay : replays_) {
     dropped.push_back(replay->take(index));
   }
-  if (timeline_) {
-    timeline_->free(index);
+  if (timeline()) {
+    timeline()->free(index);
     if (live_ == 0) {
-      timeline_->end_backward();
+      timeline()->end_backward();
     }
   }
 }
@@ -475,7 +493,7 @@ c10::intrusive_ptr<Segment> Segment::Previous::lock() const {
 }
 
 bool Segment::may_be_ahead() const {
-  return options_.may_be_ahead && checks_versions_ && depth_ == 0 && !in_replay_ && !row_ &&
+  return options_.may_be_ahead && checks_versions_ && depth_ == 0 && !in_replay_ && !row() &&
          unseen_ == Ahead::unseen() &&
          std::all_of(devices_.begin(), devices_.end(),
                      [](c10::Device device) { return device.is_cpu(); });
@@ -570,12 +588,27 @@ std::vector<c10::intrusive_ptr<Replay>> Segment::take_replays(const compat::Repl
     }
     taken.push_back(std::move(replays_[i]));
     replays_.erase(replays_.begin() + i);
-    if (timeline_) {
-      timeline_->end_backward();
+    if (timeline()) {
+      timeline()->end_backward();
     }
   }
   return taken;
 }
+
+namespace {
+
+// Some replay that somebody waits for is over. One for all segments, for it is rare.
+std::condition_variable_any& replay_done() {
+  static auto* done = new std::condition_variable_any;
+  static const bool is_new_in_children = [] {
+    pthread_atfork(nullptr, nullptr, [] { done = new std::condition_variable_any; });
+    return true;
+  }();
+  (void)is_new_in_children;
+  return *done;
+}
+
+}  // namespace
 
 void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock, const Replay& replay) {
   // The interpreter lock must be given up before mutex_ is waited for, and taken
@@ -587,13 +620,15 @@ void Segment::wait_for_replay(std::unique_lock<std::mutex>& lock, const Replay& 
     std::unique_lock<std::mutex> waiting(mutex_);
     // Whoever holds the lease looks again now and then: the runner may have come
     // to wait for it meanwhile.
+    ++waiting_;
     while (replay.running && !(holds_lease && Lease::is_waiting(replay.runner))) {
       if (holds_lease) {
-        replay_done_.wait_for(waiting, std::chrono::milliseconds(5));
+        replay_done().wait_for(waiting, std::chrono::milliseconds(5));
       } else {
-        replay_done_.wait(waiting);
+        replay_done().wait(waiting);
       }
     }
+    --waiting_;
   }
   lock.lock();
 }
@@ -603,17 +638,18 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
   replay->running = true;
   replay->runner = std::this_thread::get_id();
   lock.unlock();
-  Ledger::get().count_replay(row_.get());
+  Ledger::get().count_replay(row().get());
   std::exception_ptr error;
   try {
-    const RowTimer timer(row_, &LedgerRow::replay_seconds);
-    const Timeline::Span span(timeline_.get(), Timeline::Kind::kReplay, Timeline::Kind::kReplayEnd);
+    const RowTimer timer(row(), &LedgerRow::replay_seconds);
+    const Timeline::Span span(timeline().get(), Timeline::Kind::kReplay,
+                              Timeline::Kind::kReplayEnd);
     replay->run(*this);
   } catch (...) {
     error = std::current_exception();
   }
-  if (timeline_ && !error && !replay->key().none()) {
-    timeline_->begin_backward();
+  if (timeline() && !error && !replay->key().none()) {
+    timeline()->begin_backward();
   }
   std::vector<c10::intrusive_ptr<Replay>> dropped;
   lock.lock();
@@ -626,7 +662,9 @@ void Segment::run_replay(std::unique_lock<std::mutex>& lock,
       }
     }
   }
-  replay_done_.notify_all();
+  if (waiting_ > 0) {
+    replay_done().notify_all();
+  }
   if (error) {
     lock.unlock();
     dropped.clear();

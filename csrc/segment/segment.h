@@ -35,7 +35,6 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -162,9 +161,9 @@ class Segment final : public Recorder, public Pooled<Segment> {
   const AmbientState& ambient() const { return ambient_; }
   const ReachedState& reached() const { return reached_; }
   const SegmentOptions& options() const { return options_; }
-  const std::shared_ptr<LedgerRow>& row() const { return row_; }
-  const std::shared_ptr<Timeline>& timeline() const { return timeline_; }
-  const std::shared_ptr<Timeline>& holder() const { return holder_; }
+  const std::shared_ptr<LedgerRow>& row() const { return watched().row; }
+  const std::shared_ptr<Timeline>& timeline() const { return watched().timeline; }
+  const std::shared_ptr<Timeline>& holder() const { return watched().holder; }
   std::string name() const { return program_->name(); }
 
   // --- the ledger's side ---
@@ -240,13 +239,24 @@ class Segment final : public Recorder, public Pooled<Segment> {
   // Versions are compared unless hooks of the user's keep the values: then
   // autograd does not compare either.
   bool checks_versions_ = true;
-  // Shared with a recording; null when none is on.
-  std::shared_ptr<LedgerRow> row_;
-  std::shared_ptr<Timeline> timeline_;
-  // Where it is noted what this segment keeps: its timeline, or, for one that began
-  // inside of a replay, that of the segment which is replayed.
-  std::shared_ptr<Timeline> holder_;
-  std::vector<const c10::StorageImpl*> held_inputs_;  // noted there
+
+  // What is needed by those alone that somebody watches: apart, for of others there are many.
+  struct Watched {
+    // Shared with a recording; null when none is on.
+    std::shared_ptr<LedgerRow> row;
+    std::shared_ptr<Timeline> timeline;
+    // Where it is noted what this segment keeps: its timeline, or, for one that began
+    // inside of a replay, that of the segment which is replayed.
+    std::shared_ptr<Timeline> holder;
+    std::vector<const c10::StorageImpl*> held_inputs;  // noted there
+
+    std::unique_ptr<ValueNotes> value_notes;  // used while the forward runs; null unless checked
+    std::vector<std::optional<uint64_t>> fingerprints;  // by slot; guarded by mutex_
+  };
+  std::unique_ptr<Watched> watched_;  // null: nobody does
+  static const Watched& by_nobody_;   // holds nothing
+  const Watched& watched() const { return watched_ ? *watched_ : by_nobody_; }
+  Watched& watch();  // begins to, if nobody does yet
 
   // Written at begin and end of the forward, read-only after. While the forward
   // runs it holds all generators, so that a backward inside fn can replay.
@@ -254,8 +264,6 @@ class Segment final : public Recorder, public Pooled<Segment> {
 
   // Written at begin and end of the forward, read-only after.
   ReachedState reached_;
-
-  std::unique_ptr<ValueNotes> value_notes_;  // used while the forward runs; null unless checked
 
   // The tensor arguments. Read-only after the forward: unpacking changes nothing.
   struct Input {
@@ -271,7 +279,7 @@ class Segment final : public Recorder, public Pooled<Segment> {
   };
   c10::SmallVector<Input, 1> inputs_;
   // Storages of the inputs, only compared: what aliases an input is not "not saved".
-  c10::SmallVector<const c10::StorageImpl*, 4> input_storages_;
+  c10::SmallVector<const c10::StorageImpl*, 1> input_storages_;
 
   Previous previous_;        // written in begin(), read-only until it is dropped
   uint64_t unseen_ = 0;      // Ahead::unseen() when it began
@@ -285,13 +293,12 @@ class Segment final : public Recorder, public Pooled<Segment> {
   SourceLocation last_where_;
 
   mutable std::mutex mutex_;
-  std::condition_variable replay_done_;
   // Guarded by mutex_.
   // Of small segments without memory of their own, as most are where there are many.
   c10::SmallVector<Slot, 1> slots_;
-  c10::SmallVector<int64_t, 4> sizes_;                 // of all slots, see Slot::first_size
-  std::vector<std::optional<uint64_t>> fingerprints_;  // by slot; empty unless checked
+  c10::SmallVector<int64_t, 4> sizes_;  // of all slots, see Slot::first_size
   uint32_t live_ = 0;
+  uint32_t waiting_ = 0;  // threads in wait_for_replay()
   bool forward_done_ = false;
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
