@@ -71,14 +71,15 @@ bool held_by_other_than(const State& s, Lease::Kind kind, uint64_t token) {
 
 OfKind& of_kind(Lease::Kind kind) { return g_of_kinds[static_cast<size_t>(kind)]; }
 
-// With the lock: `held` of a kind are held now. The fences go with those in changes().
+// With the lock: `held` of a kind are held now. The change comes first: who finds that nobody holds
+// any more has not missed it. The fences go with those of the readers.
 void note_held(Lease::Kind kind, size_t held) {
   constexpr auto kRelaxed = std::memory_order_relaxed;
   OfKind& of = of_kind(kind);
   std::atomic_thread_fence(std::memory_order_release);
-  g_held.store(g_held.load(kRelaxed) + held - of.held.load(kRelaxed), kRelaxed);
-  of.held.store(held, kRelaxed);
   of.changes.store(of.changes.load(kRelaxed) + 1, kRelaxed);
+  g_held.store(g_held.load(kRelaxed) + held - of.held.load(kRelaxed), kRelaxed);
+  of.held.store(held, std::memory_order_release);
   std::atomic_thread_fence(std::memory_order_release);
 }
 
@@ -198,6 +199,7 @@ bool Lease::held_by_this_chain() {
 }
 
 bool Lease::held_by_others(Kind kind) {
+  std::atomic_thread_fence(std::memory_order_acquire);
   if (of_kind(kind).held.load(std::memory_order_acquire) == 0) {
     return false;
   }

@@ -2,12 +2,13 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <utility>
 
 namespace reprise {
 
-// Another thread may be in a pool while the process forks: then the child waits for it before.
+// Another thread may be in a pool while the process forks: the fork waits for it.
 struct AllPools {
   static AllPools& get() {
     static AllPools* all = [] {
@@ -17,21 +18,28 @@ struct AllPools {
     return *all;
   }
 
+  // Without a lock: whoever makes a pool must not wait for a fork, after which it would not be
+  // there to end that.
+  void add(Pool& pool) {
+    pool.next_ = newest.load();
+    while (!newest.compare_exchange_weak(pool.next_, &pool)) {
+    }
+  }
+
   void lock() {
-    mutex.lock();
-    for (Pool* pool = first; pool != nullptr; pool = pool->next_) {
+    locked = newest.load();
+    for (Pool* pool = locked; pool != nullptr; pool = pool->next_) {
       pool->mutex_.lock();
     }
   }
   void unlock() {
-    for (Pool* pool = first; pool != nullptr; pool = pool->next_) {
+    for (Pool* pool = locked; pool != nullptr; pool = pool->next_) {
       pool->mutex_.unlock();
     }
-    mutex.unlock();
   }
 
-  std::mutex mutex;
-  Pool* first = nullptr;
+  std::atomic<Pool*> newest{nullptr};
+  Pool* locked = nullptr;  // that one and older ones, during a fork
 };
 
 namespace {
@@ -71,9 +79,7 @@ struct Pool::Slab {
 
 Pool::Pool(size_t object_bytes)
     : stride_((object_bytes + alignof(std::max_align_t) - 1) & ~(alignof(std::max_align_t) - 1)) {
-  AllPools& all = AllPools::get();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  next_ = std::exchange(all.first, this);
+  AllPools::get().add(*this);
 }
 
 void Pool::prepare_for_forks() { AllPools::get(); }
@@ -98,7 +104,13 @@ Pool::Slab* Pool::slab_with_a_place() {
 void Pool::take(void** first, size_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (size_t i = count; i-- > 0;) {  // the last one is used first
-    Slab* slab = slab_with_a_place();
+    Slab* slab = nullptr;
+    try {
+      slab = slab_with_a_place();
+    } catch (...) {
+      put_back(first + i + 1, count - i - 1);
+      throw;
+    }
     empty_ -= slab->taken == 0 ? 1 : 0;
     first[i] = slab->take(stride_);
     if (slab->is_full()) {
@@ -113,6 +125,10 @@ void Pool::take(void** first, size_t count) {
 
 void Pool::give_back(void* const* first, size_t count) noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
+  put_back(first, count);
+}
+
+void Pool::put_back(void* const* first, size_t count) noexcept {
   for (size_t i = 0; i < count; ++i) {
     Slab* slab = Slab::of(first[i]);
     if (slab->is_full()) {

@@ -8,7 +8,7 @@
 //   class Segment final : public Recorder, public Pooled<Segment> { ... };
 //
 // Places come in slabs of 64 KiB. A thread keeps some dozens for itself, so that the lock of the
-// pool is taken rarely; slabs whose places are all back are freed, but for 16 MiB. With
+// pool is taken rarely; slabs whose places are all back are freed, but for 16 MiB of them. With
 // AddressSanitizer nothing is pooled: it must see each object go.
 #pragma once
 
@@ -51,14 +51,16 @@ class Pool {
 
  private:
   struct Slab;
+  // With the lock.
   Slab* slab_with_a_place();
+  void put_back(void* const* first, size_t count) noexcept;
 
   const size_t stride_;
   std::mutex mutex_;
   Slab* open_ = nullptr;  // those with a free place, newest first
   size_t slabs_ = 0;
-  size_t empty_ = 0;  // of these
-  Pool* next_;        // of all pools
+  size_t empty_ = 0;      // of these
+  Pool* next_ = nullptr;  // of all pools
   friend struct AllPools;
 };
 

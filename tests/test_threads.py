@@ -302,6 +302,47 @@ def test_settings_after_replays_that_overlap(use_reentrant: bool) -> None:
 
 
 @both_forms
+def test_a_replay_that_ends_leaves_the_settings_of_another_one(use_reentrant: bool) -> None:
+    """One needs the settings that are there anyway, and takes no turn with them."""
+    begun, set_by_other, ended = threading.Event(), threading.Event(), threading.Event()
+    seen: list[torch.dtype] = []
+
+    def plain(x: Tensor) -> Tensor:
+        if is_recomputing():
+            begun.set()
+            set_by_other.wait(20)
+        return x.sin()
+
+    def other(x: Tensor) -> Tensor:
+        if is_recomputing():
+            set_by_other.set()
+            ended.wait(20)
+        seen.append(torch.get_default_dtype())
+        return x.cos()
+
+    out_of_plain = checkpoint(plain, leaf(), use_reentrant=use_reentrant)
+    torch.set_default_dtype(torch.float64)
+    try:
+        out_of_other = checkpoint(other, leaf(), use_reentrant=use_reentrant)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    def backward_of_plain() -> None:
+        try:
+            out_of_plain.sum().backward()
+        finally:
+            ended.set()
+
+    def backward_of_other() -> None:
+        begun.wait(20)
+        out_of_other.sum().backward()
+
+    in_threads(backward_of_plain, backward_of_other)
+    assert seen == [torch.float64, torch.float64]
+    assert torch.get_default_dtype() == torch.float32
+
+
+@both_forms
 def test_modules_and_objects_after_replays_that_overlap(use_reentrant: bool) -> None:
     class State:
         steps = 0

@@ -307,7 +307,10 @@ AmbientScope::~AmbientScope() {
     empty_cast_cache();
   }
   set_device(outer_device_);
-  if (const TorchFlags* now = TorchFlags::current(); now != outer_flags_) {
+  const TorchFlags* now = TorchFlags::current();
+  // What fn has changed; or another replay, whose turn it is and who will put it back.
+  if (now != outer_flags_ &&
+      (settings_.has_value() || !Lease::held_by_others(Lease::Kind::kSettings))) {
     outer_flags_->apply(*now);
   }
 }

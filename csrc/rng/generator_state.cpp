@@ -64,15 +64,15 @@ void set_stamp(at::mt19937_data_pod& data, uint32_t stamp) {
   std::memcpy(reinterpret_cast<char*>(&data) + kPadding, &stamp, 3);
 }
 
-// Never 0. A thread takes 255 at once.
+// Never 0. A thread takes 15 at once.
 uint32_t new_stamp() {
   struct Last {
-    uint32_t stamp = 255;
+    uint32_t stamp = 15;
   };
   static std::atomic<uint32_t> taken{0};
   uint32_t& last = per_thread<Last>().stamp;
-  if (last % 256 == 255) {
-    last = taken.fetch_add(256, std::memory_order_relaxed);
+  if (last % 16 == 15) {
+    last = taken.fetch_add(16, std::memory_order_relaxed);
   }
   return ++last & 0xffffff;
 }

@@ -100,7 +100,8 @@ class GeneratorState {
   //
   // capture() gives an engine without a mark one that no other has, so that a segment
   // which begins after a state was set, inside of another one, does not make that one
-  // believe that nothing happened. (There are 2^24 marks; then they begin again.) Padding
+  // believe that nothing happened. (There are 2^24 marks, of which
+  // a thread takes fifteen at once; then they begin again.) Padding
   // that is not the mark which the generator was given last is no mark.
   //
   // What is left: torch.get_rng_state() copies a marked engine to the stack, and a later

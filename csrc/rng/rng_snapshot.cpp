@@ -22,6 +22,13 @@ std::atomic<InitialisedQuery> g_initialised_query{nullptr};
 // Once yes, always yes in this process, so that a segment pays one load.
 std::array<std::atomic<bool>, c10::COMPILE_TIME_MAX_DEVICE_TYPES> g_initialised{};
 
+// torch refuses a device in the child of a process that has initialised it.
+[[maybe_unused]] const int g_forgets_in_children = pthread_atfork(nullptr, nullptr, [] {
+  for (auto& yes : g_initialised) {
+    yes.store(false, std::memory_order_relaxed);
+  }
+});
+
 // Device types that can have generators of their own and that this torch was
 // built with or was given; looked up once, for a backend cannot vanish.
 // A PrivateUse1 backend may be registered late, so that one is asked each time.
@@ -121,19 +128,7 @@ void visit_defaults(const Visit& visit) {
 
 }  // namespace
 
-void set_initialised_query(InitialisedQuery query) {
-  g_initialised_query.store(query);
-  static const bool forgets_in_children = [] {
-    // torch refuses a device in the child of a process that has initialised it.
-    pthread_atfork(nullptr, nullptr, [] {
-      for (auto& yes : g_initialised) {
-        yes.store(false, std::memory_order_relaxed);
-      }
-    });
-    return true;
-  }();
-  (void)forgets_in_children;
-}
+void set_initialised_query(InitialisedQuery query) { g_initialised_query.store(query); }
 
 std::optional<c10::Device> current_accelerator_device() {
   for (auto type : built_accelerators()) {

@@ -35,7 +35,8 @@ void visit_default_generators(c10::function_ref<void(const at::Generator&)> visi
 
 // Tells whether an accelerator is initialised of those that torch initialises lazily: asking the
 // driver would initialise it, and break a later fork. The bindings install torch's Python-level
-// answer. Unset: the hooks interface is asked for a primary context, as it is for the others.
+// answer, which is asked once torch's core has initialised the type. Unset: the hooks interface is
+// asked for a primary context then, as it always is for the others.
 using InitialisedQuery = bool (*)(c10::DeviceType);
 void set_initialised_query(InitialisedQuery query);
 
