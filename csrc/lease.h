@@ -44,7 +44,7 @@ namespace reprise {
 class Lease {
  public:
   enum class Kind : uint8_t { kGenerator, kHostGenerators, kSettings, kBuffer, kObject };
-  static constexpr size_t kKinds = 5;
+  static constexpr size_t kKinds = static_cast<size_t>(Kind::kObject) + 1;
   // Addresses of what is taken; only compared.
   using Keys = c10::SmallVector<const void*, 8>;
 

@@ -362,22 +362,23 @@ def _checkpoint(
     if preserve_rng_state is False and called_by_compiled_code() and not _C.is_traced():
         preserve_rng_state = True
     options = _validated(
-        early_stop=early_stop,
-        preserve_rng_state=preserve_rng_state,
-        determinism_check=determinism_check,
         context_fn=context_fn,
-        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+        early_stop=early_stop,
         debug=debug,
+        preserve_rng_state=preserve_rng_state,
         use_reentrant=use_reentrant,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+        determinism_check=determinism_check,
     )
-    if function is None and not args:
-        if kwargs:
-            raise ValueError(
-                "checkpoint was called without a function, which makes a decorator, and with "
-                f"keyword arguments that it does not know: {', '.join(kwargs)}"
-            )
-        return functools.partial(_Checkpointed, options)
-    return _run(function, args, kwargs, **options)
+    if args or function is not None:
+        return _run(function, args, kwargs, **options)
+    unknown = ", ".join(kwargs)
+    if unknown:
+        raise ValueError(
+            "checkpoint was called without a function, which makes a decorator, and with "
+            f"keyword arguments that it does not know: {unknown}"
+        )
+    return functools.partial(_Checkpointed, options)
 
 
 _C.set_settings(_early_stop, debug_setting, noop_context_fn)
@@ -514,13 +515,13 @@ class Checkpointer:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
         self._options: dict[str, Any] = {
             **_validated(
-                early_stop=early_stop,
-                preserve_rng_state=preserve_rng_state,
-                determinism_check=determinism_check,
                 context_fn=context_fn,
-                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+                early_stop=early_stop,
                 debug=debug,
+                preserve_rng_state=preserve_rng_state,
                 use_reentrant=use_reentrant,
+                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+                determinism_check=determinism_check,
             ),
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,
