@@ -3,6 +3,7 @@
 #   make demo    train the demo model, print the table, write demo.png
 #   make test    native tests (ctest), then pytest; more for pytest: make test PYTEST_ARGS="-k rng"
 #   make test-cudasim   the tests of tests/cudasim: a CUDA torch on a simulated CUDA, without a GPU
+#   make test-gpu       on a machine with a GPU: tests/cuda, and tests/cudasim on the real devices
 #   make test-integrations   Transformers, PEFT, Accelerate, Lightning, timm on this library
 #   make conformance    every case of tests/conformance on torch and on ours, and docs/conformance.md
 #   make soak    the tests that repeat things, for long: 100,000 segments, 3,000 random programs
@@ -67,7 +68,8 @@ ifneq ($(REPRISE_RECORD),)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-native test-python test-cudasim run-cudasim test-integrations \
+.PHONY: build demo test test-native test-python test-cudasim run-cudasim test-gpu run-gpu \
+  test-integrations \
   run-integrations conformance soak \
   sanitize lint stubtest docs format bench sdist wheels clean distclean
 
@@ -146,6 +148,15 @@ run-cudasim: build $(STAMPS)/cudasim
 	REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
 	  $(BIN)/python tests/cudasim/launch.py tests/conformance/run.py --only-cuda \
 	  --save build/conformance-cuda.json
+
+# Without a GPU these fail.
+test-gpu:
+	@$(MAKE) --no-print-directory run-gpu VENV=$(VENV_CUDA) TORCH=$(TORCH_CUDA) NATIVE_TESTS=OFF
+
+run-gpu: build
+	REPRISE_FAIL_WITHOUT_CUDA=1 \
+	  REPRISE_TEST_DEVICE=$(BUILD)/tests/devices/libreprise_test_device.so \
+	  $(BIN)/python -m pytest tests/cuda tests/cudasim $(PYTEST_ARGS)
 
 # An environment and a build of its own: its torch is found in another place.
 test-integrations:

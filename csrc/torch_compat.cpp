@@ -209,6 +209,16 @@ bool is_traced() {
          (Modes::get_mode(Key::PROXY) || Modes::get_mode(Key::FUNCTIONAL));
 }
 
+void visit_recorders(c10::function_ref<bool(Recorder&)> visit) {
+  const auto& pairs = OpenStack::container(at::SavedTensorDefaultHooks::get_tls_state().stack);
+  for (size_t i = pairs.size(); i-- > 0;) {
+    Recorder* recorder = host().recorder_of(raw(pairs[i].first));
+    if (recorder != nullptr && !visit(*recorder)) {
+      return;
+    }
+  }
+}
+
 bool user_hooks_in_force() {
   const auto& pairs = OpenStack::container(at::SavedTensorDefaultHooks::get_tls_state().stack);
   for (const auto& pair : pairs) {

@@ -87,6 +87,9 @@ const std::string* hooks_disabled_message();
 // Is a tracer at work that makes a graph of what runs (the autograd of torch.compile, export)?
 bool is_traced();
 
+// The recorders on this thread's stack, from the innermost outward, until `visit` returns false.
+void visit_recorders(c10::function_ref<bool(Recorder&)> visit);
+
 // Are there saved-tensor hooks on this thread's stack that are not ours?
 bool user_hooks_in_force();
 
@@ -128,7 +131,7 @@ std::optional<float>& float_sample(at::CPUGeneratorImpl& generator) noexcept;
 struct PhiloxFields {
   uint64_t& seed;
   uint64_t& offset;
-  std::atomic_flag& keeps_rnn_state;  // cleared by whoever sets the others
+  std::atomic_flag& keeps_rnn_state;  // see GeneratorState::keeps_rnn_state()
   bool drawn_in_capture;              // some capture has a count of its own for it
   // What the first two lie in; two generators may share one, and a generator may get another.
   c10::intrusive_ptr_target* owner;

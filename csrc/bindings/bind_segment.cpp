@@ -378,6 +378,11 @@ void bind_segment(py::module_& module) {
       "fingerprint", [](const at::Tensor& tensor) { return fingerprint(tensor); },
       py::call_guard<py::gil_scoped_release>());
   module.def("combine_fingerprints", &element_hash::combine);
+#ifdef REPRISE_CUDA
+  module.attr("HAS_CUDA_KERNELS") = true;
+#else
+  module.attr("HAS_CUDA_KERNELS") = false;
+#endif
   module.def("is_recomputing", [] { return ReplayMark::active(); });
   module.def("end_group", [](const py::object& group) { end_group(group.ptr()); });
   module.def("hide_own_hooks", &compat::hide_own_hooks);

@@ -6,10 +6,8 @@
 #include <ATen/SparseCsrTensorUtils.h>
 #include <ATen/SparseTensorImpl.h>
 #include <ATen/TensorIterator.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/quantized/QTensorImpl.h>
 #include <ATen/quantized/Quantizer.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/FunctionRef.h>
 
 #include <algorithm>
@@ -22,6 +20,7 @@
 #include "fingerprint/strided_words.h"
 #include "fingerprint/word_sum.h"
 #include "rng/stream_capture.h"
+#include "unobserved.h"
 #ifdef REPRISE_CUDA
 #include "fingerprint/fingerprint_cuda.h"
 #endif
@@ -41,23 +40,6 @@ using c10::DispatchKeySet;
 constexpr int64_t kChunk = 32 * 1024;
 constexpr int64_t kChunksPerThread = 8;
 constexpr int64_t kWordSize = 8;
-
-// The values are behind something that only its own dispatch key can look through.
-constexpr DispatchKeySet kWrapped({DispatchKey::Python, DispatchKey::Fake,
-                                   DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
-                                   DispatchKey::FuncTorchGradWrapper});
-
-// Operators run as if nobody was there. On the thread that makes it, for its lifetime.
-struct Unobserved {
-  at::AutoDispatchBelowADInplaceOrView no_history;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  c10::impl::ExcludeDispatchKeyGuard no_modes{
-      kWrapped |
-      DispatchKeySet({DispatchKey::PythonTLSSnapshot, DispatchKey::PythonDispatcher,
-                      DispatchKey::PreDispatch, DispatchKey::FuncTorchVmapMode,
-                      DispatchKey::FuncTorchDynamicLayerFrontMode,
-                      DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::DeferredInit})};
-};
 
 // The sum of body(first, end) over ranges of [0, chunks), on torch's threads.
 //

@@ -3,10 +3,10 @@
 // a block its warps' in shared memory, and one atomic addition per block makes the total.
 // All of it is addition modulo 2^64, so neither the grid nor the order of the blocks shows.
 //
-// This file is compiled wherever CUDA is found, but has not run: there was no GPU to run
-// it on. What a thread computes (sum_of_words on ContiguousWords and StridedWords) is
-// tested on the host, where tests/native/fingerprint_test.cpp divides the words as
-// the grid does. The reduction below is not covered by that.
+// This file is compiled wherever CUDA is found. What a thread computes (sum_of_words on
+// ContiguousWords and StridedWords) is tested on the host, where
+// tests/native/fingerprint_test.cpp divides the words as the grid does; the whole on a GPU, by
+// tests/cuda/test_fingerprint.py, which CI cannot run. docs/limits.md says where it has run.
 #include <cuda_runtime.h>
 
 #include "fingerprint/fingerprint_cuda.h"

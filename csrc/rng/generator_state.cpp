@@ -210,7 +210,7 @@ std::string describe_offset(uint64_t offset, CaptureId capture) {
 }
 
 // False, and nothing is changed, if the device is in another capture now.
-bool set_position(HeldGenerator& generator, const PhiloxPosition& position) {
+bool set_position(HeldGenerator& generator, const PhiloxPosition& position, bool keeps_rnn_state) {
   auto& impl = generator.impl();
   if (generator.is_captured()) {
     const OnDevice there(impl.device());
@@ -231,7 +231,11 @@ bool set_position(HeldGenerator& generator, const PhiloxPosition& position) {
       fields.has_value() && position.offset % kMultiple == 0) {
     fields->seed = position.seed;
     fields->offset = position.offset;
-    fields->keeps_rnn_state.clear();
+    if (keeps_rnn_state) {
+      fields->keeps_rnn_state.test_and_set();
+    } else {
+      fields->keeps_rnn_state.clear();
+    }
     return true;
   }
   const auto set = [&] {
@@ -402,6 +406,9 @@ GeneratorState GeneratorState::capture(HeldGenerator& generator) {
       break;
     case Kind::kPhilox:
       state.philox_ = position_of(generator);
+      if (const auto fields = compat::philox_fields(generator.impl())) {
+        state.keeps_rnn_state_ = fields->keeps_rnn_state.test();
+      }
       break;
     case Kind::kOpaque:
       state.kept_ = generator.impl().get_state();
@@ -432,6 +439,7 @@ GeneratorState GeneratorState::glance(HeldGenerator& generator) {
   }
   GeneratorState state;
   state.philox_ = {fields->seed, fields->offset, kNotAsked};
+  state.keeps_rnn_state_ = fields->keeps_rnn_state.test();
   state.kept_ = c10::intrusive_ptr<c10::intrusive_ptr_target>::reclaim_copy(fields->owner);
   return state;
 }
@@ -455,6 +463,7 @@ GeneratorState GeneratorState::settled(const GeneratorMark& mark) const {
   GeneratorState state;
   const CaptureId capture = mark.block_;
   state.philox_ = {philox_.seed, capture == kNoCapture ? philox_.offset : 0, capture};
+  state.keeps_rnn_state_ = keeps_rnn_state_;
   return state;
 }
 
@@ -470,7 +479,7 @@ bool GeneratorState::apply(HeldGenerator& generator) const {
       Mt19937::apply(cpu_of(generator), *this);
       break;
     case Kind::kPhilox:
-      return set_position(generator, philox_);
+      return set_position(generator, philox_, keeps_rnn_state_);
     case Kind::kOpaque:
       generator.impl().set_state(bytes_of(kept_));
       break;

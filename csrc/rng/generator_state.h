@@ -185,6 +185,9 @@ class GeneratorState {
   static GeneratorState from_tensor(const at::Generator& generator, const at::Tensor& tensor);
 
   Kind kind() const { return kind_; }
+  // Of a CUDA generator: it was not given a seed or a state since an RNN drew the seed of its
+  // dropout from it (rnn_dropout.h). False where that is unknown, as torch leaves it.
+  bool keeps_rnn_state() const { return keeps_rnn_state_; }
   // Of a default generator that stands here; nothing where clocks do not tell.
   std::optional<DrawClock> clock() const;
   // Bytes this state keeps alive; the same address() means the same bytes.
@@ -213,6 +216,7 @@ class GeneratorState {
   // 48 bytes, whatever the kind: the stash of a segment on eight devices is copied, filled
   // and compared more often than anything else here.
   Kind kind_ = Kind::kPhilox;
+  bool keeps_rnn_state_ = false;  // philox
   // mt19937: how many words of the block are left, which is next, the engine's mark.
   uint16_t left_ = 0;
   uint16_t next_ = 0;

@@ -5,6 +5,7 @@
 // bookkeeping of ours: torch carries its stack to all of them.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 
@@ -21,6 +22,12 @@ class Recorder : public c10::intrusive_ptr_target {
 
   // How many segments lie around what is recorded here; 0 for an outermost one.
   virtual int depth() const = 0;
+
+  virtual bool is_replay() const = 0;
+
+  // An RNN of what is recorded here is about to run with this dropout state (rnn_dropout.h).
+  // `copy`: of the buffer, as this recorder leaves it; whoever wants one and finds none makes it.
+  virtual void meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) = 0;
 };
 
 }  // namespace reprise

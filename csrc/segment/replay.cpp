@@ -66,11 +66,15 @@ void Replay::drop_from_holder(size_t index) {
 // Makes a replay the recorder of its run for a scope.
 class Replay::Running {
  public:
-  Running(Replay& replay, Segment& segment) : replay_(replay) {
+  Running(Replay& replay, Segment& segment, RnnRewind* rnn) : replay_(replay) {
     replay.running_ = &segment;
+    replay.rnn_ = rnn;
     replay.depth_ = segment.depth();
   }
-  ~Running() { replay_.running_ = nullptr; }
+  ~Running() {
+    replay_.running_ = nullptr;
+    replay_.rnn_ = nullptr;
+  }
   Running(const Running&) = delete;
   Running& operator=(const Running&) = delete;
 
@@ -91,7 +95,11 @@ void Replay::run(Segment& segment) {
   {
     ReplayScope scope(segment, /*inside_fn=*/!forward_was_done_);
     const InterpreterHeld held;  // once for fn and for the pair around it
-    const Running running(*this, segment);
+    std::optional<RnnRewind> rnn;
+    if (!rnn_states_.empty()) {
+      rnn.emplace(rnn_states_, segment.stash());
+    }
+    const Running running(*this, segment, rnn.has_value() ? &*rnn : nullptr);
     compat::HookScope hooks(
         host().make_hook_pair(c10::intrusive_ptr<Recorder>::reclaim_copy(this)));
     const auto outcome = segment.program().run(std::move(inputs), stopped_);
@@ -165,6 +173,7 @@ void Replay::start(const Segment& segment, std::optional<uint32_t> only) {
     }
   }
   cursor_ = 0;
+  rnn_states_ = segment.rnn_states_ ? *segment.rnn_states_ : RnnStates();
   clocks_.clear();
   drawn_otherwise_.reset();
   const SegmentOptions& options = segment.options_;
@@ -215,8 +224,17 @@ uint32_t version_of(const at::Tensor& tensor) {
 }
 }  // namespace
 
+void Replay::meet_rnn_state(const at::Tensor& buffer, at::Tensor&) {
+  if (rnn_ != nullptr) {
+    rnn_->rewind(buffer);
+  }
+}
+
 at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   const compat::UnseenByModes unseen(tensor);
+  if (may_be_rnn_state(tensor)) {
+    meet_if_rnn_state(tensor);
+  }
   at::Tensor values = compat::values_of(tensor);
   if (stopped_.load(std::memory_order_relaxed)) {
     return values;  // fn swallowed the stop and goes on: see Note [Early stop]

@@ -60,6 +60,7 @@
 #include "fingerprint/value_notes.h"
 #include "pool.h"
 #include "rng/rng_stash.h"
+#include "rng/rnn_dropout.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
 #include "torch_compat.h"
@@ -103,6 +104,8 @@ class Replay final : public Recorder, public Pooled<Replay> {
   // The recorder of the run.
   std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
   int depth() const override { return depth_; }
+  bool is_replay() const override { return true; }
+  void meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) override;
 
   // The next tensor that the replay's autograd saves. Returns its values for
   // the replay's own graph. May throw early stop or CheckpointError.
@@ -177,6 +180,8 @@ class Replay final : public Recorder, public Pooled<Replay> {
 
   // The current run.
   Segment* running_ = nullptr;  // what runs it holds the segment
+  RnnStates rnn_states_;        // that it needs
+  RnnRewind* rnn_ = nullptr;    // that puts these in place; null: none
   int depth_ = 0;
   c10::SmallVector<bool, 32> wanted_;  // by slot
   int64_t last_wanted_ = -1;           // early stop after this one

@@ -245,6 +245,9 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   // The line and sizes of other kinds may take the interpreter lock, so they come
   // before mutex_.
   slot.where = where_is(at::sequence_number::peek());
+  if (may_be_rnn_state(tensor)) {
+    meet_if_rnn_state(tensor);
+  }
   TensorMeta meta;
   c10::IntArrayRef sizes;
   if (has_plain_sizes(tensor)) {
@@ -301,6 +304,20 @@ uint32_t Segment::record(const at::Tensor& tensor) {
     }
   }
   return index;
+}
+
+void Segment::meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) {
+  if (!options_.preserve_rng_state) {
+    return;
+  }
+  if (!copy.defined()) {
+    copy = copy_of_rnn_state(buffer);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!rnn_states_) {
+    rnn_states_ = std::make_unique<RnnStates>();
+  }
+  rnn_states_->push_back(copy);
 }
 
 void Segment::write_fingerprints(const std::vector<ValueNotes::Note>& notes) {
@@ -361,7 +378,13 @@ size_t Segment::live_slots() const {
 
 size_t Segment::stashed_bytes(std::unordered_set<const void*>& seen) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return stash_.nbytes(seen) + reached_.nbytes();
+  size_t of_rnns = 0;
+  if (rnn_states_) {
+    for (const at::Tensor& state : *rnn_states_) {
+      of_rnns += seen.insert(state.unsafeGetTensorImpl()).second ? state.nbytes() : 0;
+    }
+  }
+  return stash_.nbytes(seen) + of_rnns + reached_.nbytes();
 }
 
 // ---------------------------------------------------------------------------

@@ -49,6 +49,7 @@
 #include "host.h"
 #include "pool.h"
 #include "rng/rng_stash.h"
+#include "rng/rnn_dropout.h"
 #include "segment/end_of_graph_task.h"
 #include "segment/recorder.h"
 #include "segment/slot.h"
@@ -140,6 +141,8 @@ class Segment final : public Recorder, public Pooled<Segment> {
   // --- the recorder of its forward ---
   std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
   int depth() const override { return depth_; }
+  bool is_replay() const override { return false; }
+  void meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) override;
 
   // --- called through SlotHooks, from any thread, without the interpreter lock ---
   uint32_t record(const at::Tensor& tensor);
@@ -300,6 +303,7 @@ class Segment final : public Recorder, public Pooled<Segment> {
   uint32_t live_ = 0;
   uint32_t waiting_ = 0;  // threads in wait_for_replay()
   bool forward_done_ = false;
+  std::unique_ptr<RnnStates> rnn_states_;     // that a replay needs; nearly always null
   c10::SmallVector<c10::Device, 2> devices_;  // of the inputs and slots, each once
   uint64_t bytes_not_saved_ = 0;
   uint64_t bytes_of_replay_ = 0;  // memory that a replay fills, at most; kUnknownBytes

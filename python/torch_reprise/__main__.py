@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from torch_reprise._build_info import INFO
+from torch_reprise._C import HAS_CUDA_KERNELS
 
 # What the extra "demo" installs: needed by the commands, not by the library.
 _OPTIONAL = ("matplotlib", "rich")
@@ -42,6 +43,7 @@ def info() -> None:
         ("Python", f"{platform.python_version()} ({INFO.python_tag}), {system}"),
         ("built with", f"{INFO.compiler}, {INFO.build_type}"),
         ("flags", INFO.cxx_flags or "none"),
+        ("CUDA kernels", "compiled" if HAS_CUDA_KERNELS else "none"),
     ]
     rows += [("devices" if n == 0 else "", line) for n, line in enumerate(_devices())]
     for name, value in rows:

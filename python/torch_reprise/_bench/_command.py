@@ -34,6 +34,7 @@ class Options:
         quick: whether sizes and rounds are only such that every part runs.
         csv: where to write the figures, if anywhere.
         plot: where to draw, if anywhere.
+        device: where the program runs.
     """
 
     rounds: int
@@ -41,6 +42,7 @@ class Options:
     quick: bool
     csv: Path | None
     plot: Path | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Command:
         least: no fewer rounds than that.
         target_s: see ``Options``.
         draws: whether there is a picture.
+        on_devices: whether there is ``--device``.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Command:
     quick_rounds: int = 3
     target_s: float = 0.02
     draws: bool = True
+    on_devices: bool = False
 
     def parse(self, argv: Sequence[str] | None) -> Options:
         """Reads the options; a wrong one ends the process with status 2 and a message."""
@@ -124,11 +128,21 @@ class Command:
             action="store_true",
             help="small sizes, few short rounds: shows that it runs, not how fast",
         )
+        if self.on_devices:
+            parser.add_argument(
+                "--device",
+                choices=("cpu", "cuda"),
+                default="cpu",
+                help="where to run (%(default)s)",
+            )
         given = parser.parse_args(argv)
         if given.rounds < self.least:
             parser.error(
                 f"--rounds must be at least {self.least}, got {given.rounds}; or use --quick"
             )
+        device = str(given.device) if self.on_devices else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
         plot = given.plot if self.draws and not given.no_plot else None
         if plot is not None and plot.suffix not in _PICTURES:
             parser.error(f"--plot: the name must end in {' or '.join(_PICTURES)}, got {plot}")
@@ -141,6 +155,7 @@ class Command:
             quick=given.quick,
             csv=given.csv,
             plot=plot,
+            device=device,
         )
 
     def run(self, argv: Sequence[str] | None, measure: Callable[[Screen, Options], Report]) -> int:

@@ -71,19 +71,25 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def seconds(thunk: Thunk, inner: int) -> float:
-    """Seconds per call over ``inner`` calls in a row."""
+def nothing() -> None:
+    """Work on the CPU is done when its call returns."""
+
+
+def seconds(thunk: Thunk, inner: int, finish: Thunk = nothing) -> float:
+    """Seconds per call over ``inner`` calls in a row; ``finish`` waits for what they began."""
+    finish()
     start = time.perf_counter()
     for _ in range(inner):
         thunk()
+    finish()
     return (time.perf_counter() - start) / inner
 
 
-def calibrate(thunk: Thunk, target_s: float) -> int:
+def calibrate(thunk: Thunk, target_s: float, finish: Thunk = nothing) -> int:
     """The number of calls that takes about ``target_s``: far above the resolution of the clock."""
     inner = 1
     while True:
-        taken = seconds(thunk, inner) * inner
+        taken = seconds(thunk, inner, finish) * inner
         if taken >= target_s / 2:
             return max(1, round(inner * target_s / taken))
         inner *= 2
@@ -95,6 +101,7 @@ def interleave(
     rounds: int,
     inner: int | Mapping[str, int],
     warm: int = 0,
+    finish: Thunk = nothing,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Times every variant once a round and returns seconds per call, one entry a round each.
@@ -106,6 +113,7 @@ def interleave(
     Args:
         inner: calls in a row in a stretch, the same for all variants or for each its own.
         warm: untimed calls before each stretch, be it ever so short.
+        finish: called before and after each stretch: waits for a device.
         after_round: called where nothing is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -119,7 +127,7 @@ def interleave(
             for name in names[shift:] + names[:shift]:
                 for _ in range(max(warm, min(3, repeats[name] // 10))):
                     variants[name]()
-                times[name].append(seconds(variants[name], repeats[name]))
+                times[name].append(seconds(variants[name], repeats[name], finish))
         after_round()
     return times
 

@@ -163,7 +163,8 @@ def bandwidths(screen: Screen, options: Options) -> dict[tuple[str, str], Summar
     found: dict[tuple[str, str], Summary] = {}
     rounds = min(options.rounds, 15)
     counts = sorted({1, cores()})
-    with screen.progress("bitwise", rounds * (len(counts) + 1)) as bar:
+    on_device = torch.cuda.is_available() and _C.HAS_CUDA_KERNELS
+    with screen.progress("bitwise", rounds * (len(counts) + 1 + on_device)) as bar:
         for threads in counts:
             with torch_threads(threads):
                 times = interleave(
@@ -184,6 +185,20 @@ def bandwidths(screen: Screen, options: Options) -> dict[tuple[str, str], Summar
             inner=1000,
             after_round=lambda: bar.step("small"),
         )
+        if on_device:
+            # Larger than the device's cache: 1 GiB.
+            there = torch.randn((1 << 16) if options.quick else (1 << 28), device="cuda")
+            copy = torch.empty_like(there)
+            series_of = interleave(
+                {"fingerprint": lambda: _C.fingerprint(there), "copy_": lambda: copy.copy_(there)},
+                rounds=rounds,
+                inner=20,
+                finish=torch.cuda.synchronize,
+                after_round=lambda: bar.step("CUDA"),
+            )
+            for name, series in series_of.items():
+                rates = [there.nbytes / taken / 1e9 for taken in series]
+                found[name, "CUDA, 1 GiB"] = Summary(max(rates), statistics.median(rates))
         found["fingerprint", "64 floats"] = Summary.of([t * 1e9 for t in times["fingerprint"]])
     return found
 

@@ -1,6 +1,7 @@
 """What checkpointing costs in training: GPTs of three widths, plain, with torch and with ours.
 
-``python benchmarks/training.py [--rounds N] [--quick] [--csv FILE] [--plot FILE | --no-plot]``
+``python benchmarks/training.py [--device cpu | cuda] [--rounds N] [--quick] [--csv FILE]
+[--plot FILE | --no-plot]``
 
 Every block of a GPT is a segment. A step is a forward, the loss and a backward into fresh
 gradients; the optimizer is left out, for it does the same work in every variant. All variants share
@@ -13,10 +14,15 @@ measured next to each other.
 
 ``held`` and ``peak`` are bytes of tensors alive when the backward begins, and most of all at any
 moment of a step, gradients included; see ``memory``.
+
+On a CUDA device the networks are larger and run under autocast to bfloat16, a stretch of steps ends
+when the device is done, and bytes are those that its allocator counts. Gradients are compared with
+deterministic algorithms and timed with torch's defaults.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +35,7 @@ from torch import Tensor
 from .._demo.model import GPT, GPTConfig
 from .._demo.run import MemoryTrace
 from ._command import Command, Options, Report, require_equal_gradients
-from ._common import Screen, Summary, Table, calibrate, interleave, short
+from ._common import Screen, Summary, Table, calibrate, interleave, nothing, short
 from ._programs import (
     FORMS,
     PLAIN,
@@ -48,7 +54,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMMAND = Command(
-    "training", "Step time, memory and tokens a second of GPTs of three widths.", rounds=15
+    "training",
+    "Step time, memory and tokens a second of GPTs of three widths.",
+    rounds=15,
+    on_devices=True,
 )
 COLUMNS = (
     "program",
@@ -89,9 +98,11 @@ class Shape:
         return self.batch * self.length
 
 
-def shapes(quick: bool) -> list[Shape]:
+def shapes(quick: bool, device: str) -> list[Shape]:
     if quick:
         return [Shape(2, 32, 1, 8), Shape(2, 64, 1, 8)]
+    if device == "cuda":
+        return [Shape(12, 256, 8, 128), Shape(12, 768, 8, 1024), Shape(12, 2048, 8, 1024)]
     return [Shape(6, 128, 4, 32), Shape(6, 256, 4, 32), Shape(6, 256, 8, 64), Shape(6, 512, 4, 32)]
 
 
@@ -104,18 +115,20 @@ class Training(Workload):
     targets: Tensor
 
     def forward(self, segment: Segment = plainly) -> Tensor:
-        hidden = self.model.run_blocks(self.model.embed(self.inputs), segment)
-        return self.model.loss(hidden, self.targets)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.inputs.is_cuda):
+            hidden = self.model.run_blocks(self.model.embed(self.inputs), segment)
+            return self.model.loss(hidden, self.targets)
 
     def step(self, segment: Segment = plainly) -> None:
         self.drop_gradients()
         torch.autograd.backward(self.forward(segment))
 
 
-def training(shape: Shape) -> Training:
+def training(shape: Shape, device: str) -> Training:
     heads = max(1, shape.width // 64)
-    model = GPT(GPTConfig(shape.layers, shape.width, heads, shape.length, VOCABULARY, 0.1))
-    inputs, targets = torch.randint(VOCABULARY, (2, shape.batch, shape.length))
+    config = GPTConfig(shape.layers, shape.width, heads, shape.length, VOCABULARY, 0.1)
+    model = GPT(config).to(device)
+    inputs, targets = torch.randint(VOCABULARY, (2, shape.batch, shape.length)).to(device)
     return Training(shape.name, [], list(model.parameters()), "step", model, inputs, targets)
 
 
@@ -139,6 +152,32 @@ class Measured:
         return statistics.median(a / b for a, b in zip(times, bases, strict=True))
 
 
+def memory_of_step(program: Training, segment: Segment) -> MemoryTrace:
+    """Bytes over one step; of a CUDA device what its allocator says at the two points asked for."""
+    if not program.inputs.is_cuda:
+        return gpt_trace(program.model, segment, program.inputs, program.targets)
+    program.drop_gradients()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = program.forward(segment)
+    held = torch.cuda.memory_allocated() - start
+    torch.autograd.backward(loss)
+    peak = torch.cuda.max_memory_allocated() - start
+    return MemoryTrace([held], [peak])
+
+
+def differing(program: Training, functions: Functions) -> list[str]:
+    """Variants with other gradients. On a GPU equal bits need deterministic algorithms."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(program.inputs.is_cuda)
+    try:
+        return check(program, functions)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 def measure(
     program: Training,
     shape: Shape,
@@ -148,17 +187,20 @@ def measure(
 ) -> Measured:
     """Times all variants of one program, then traces the memory of one step of each."""
     chosen = variants(functions)
-    inner = calibrate(program.step, options.target_s)
+    finish, target_s = nothing, options.target_s
+    if options.device == "cuda":
+        # Long enough for the host to be as far ahead of the device as in a training.
+        finish, target_s = torch.cuda.synchronize, 10 * target_s
+    program.step()
+    inner = calibrate(program.step, target_s, finish)
     times = interleave(
         {label: partial(program.step, segment) for label, segment in chosen.items()},
         rounds=options.rounds,
         inner=inner,
+        finish=finish,
         after_round=on_round,
     )
-    memory = {
-        label: gpt_trace(program.model, segment, program.inputs, program.targets)
-        for label, segment in chosen.items()
-    }
+    memory = {label: memory_of_step(program, segment) for label, segment in chosen.items()}
     program.drop_gradients()
     return Measured(shape, inner, times, memory)
 
@@ -268,9 +310,11 @@ def draw(measured: Sequence[Measured], figure: Figure) -> None:
 
 def run(screen: Screen, options: Options, functions: Functions) -> Report:
     """Checks and measures all shapes."""
-    chosen = shapes(options.quick)
-    programs = [training(shape) for shape in chosen]
-    require_equal_gradients([name for program in programs for name in check(program, functions)])
+    # Read when cuBLAS is first used: without it no matrix product is promised to be the same twice.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    chosen = shapes(options.quick, options.device)
+    programs = [training(shape, options.device) for shape in chosen]
+    require_equal_gradients([name for one in programs for name in differing(one, functions)])
     measured = []
     with screen.progress("rounds", options.rounds * len(programs)) as bar:
         for shape, program in zip(chosen, programs, strict=True):
