@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "host.h"
+#include "per_thread.h"
 #include "torch_compat.h"
 
 namespace reprise {
@@ -30,7 +31,7 @@ struct State {
 };
 
 std::atomic<int64_t> g_wait_limit_ms{300'000};
-std::atomic<uint64_t> g_last_token{0};
+std::atomic<uint64_t> g_last_tokens{0};
 // Read without the lock by every replay; changed with it.
 std::atomic<uint64_t> g_turns{0};
 std::atomic<size_t> g_held{0};
@@ -56,6 +57,18 @@ State& state() {
   }();
   (void)made;
   return *g_state;
+}
+
+// Never 0, and nobody else's. A thread takes sixteen at once.
+uint64_t new_token() {
+  struct Last {
+    uint64_t token = 15;
+  };
+  uint64_t& last = per_thread<Last>().token;
+  if (last % 16 == 15) {
+    last = g_last_tokens.fetch_add(16, std::memory_order_relaxed);
+  }
+  return ++last;
 }
 
 bool held_by_other(const State& s, const void* key, uint64_t token, uint64_t also) {
@@ -105,7 +118,8 @@ bool Lease::try_take(uint64_t token, uint64_t also, const Keys& keys) {
   others_held_ = held_by_other_than(s, kind_, token);
   // Last: whoever counts this turn as one of the past sees that it is held.
   if (kind_ == Kind::kGenerator) {
-    turn_ = g_turns.fetch_add(1) + 1;
+    turn_ = g_turns.load(std::memory_order_relaxed) + 1;
+    g_turns.store(turn_, std::memory_order_release);
   }
   return true;
 }
@@ -116,7 +130,7 @@ Lease::Lease(Kind kind, const Keys& keys, const std::function<std::string(size_t
   uint64_t token = g_held.load() == 0 ? 0 : compat::chain_token();
   if (token == 0) {
     begins_chain_ = true;
-    token = ++g_last_token;
+    token = new_token();
   }
   State& s = state();
   bool taken = false;
@@ -214,7 +228,11 @@ uint64_t Lease::changes(Kind kind) {
   return of_kind(kind).changes.load(std::memory_order_acquire);
 }
 
-uint64_t Lease::turns() { return g_turns.load(); }
+uint64_t Lease::turns() {
+  // Behind what was seen before: whoever moved a generator had taken his turn by then.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return g_turns.load(std::memory_order_acquire);
+}
 
 bool Lease::is_waiting(std::thread::id thread) {
   State& s = state();

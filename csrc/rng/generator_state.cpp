@@ -337,7 +337,9 @@ struct GeneratorState::Mt19937 {
     if (last.stamp != given_stamp(generator).load(std::memory_order_relaxed) || last.stamp == 0) {
       last.stamp = give_stamp(generator, now);
     }
-    state.kept_ = last.block;
+    if (state.kept_.get() != last.block.get()) {  // counts cost more than all else here
+      state.kept_ = last.block;
+    }
     state.stamp_ = last.stamp;
     state.left_ = static_cast<uint16_t>(now.left_);
     state.next_ = static_cast<uint16_t>(now.next_);
@@ -444,16 +446,12 @@ GeneratorState GeneratorState::glance(HeldGenerator& generator) {
   return state;
 }
 
-std::optional<GeneratorState> GeneratorState::other_glance(const at::Generator& generator) const {
-  if (is_still_of(generator)) {
-    return std::nullopt;
+void GeneratorState::look_again(HeldGenerator& generator) {
+  if (kind_ == Kind::kMt19937 && generator.kind() == kind_) {
+    Mt19937::capture(cpu_of(generator), *this);
+    return;
   }
-  HeldGenerator held(generator);
-  std::optional<GeneratorState> now = glance(held);
-  if (kind_ == Kind::kPhilox && *now == *this && now->kept_ == kept_) {
-    now.reset();
-  }
-  return now;
+  *this = glance(generator);
 }
 
 GeneratorState GeneratorState::settled(const GeneratorMark& mark) const {

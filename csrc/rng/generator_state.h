@@ -131,9 +131,14 @@ class GeneratorState {
     HeldGenerator held(generator);
     return glance(held);
   }
-  // The same; nothing if it is this one again.
-  std::optional<GeneratorState> other_glance(const at::Generator& generator) const;
+  // The same in the place of this one, whose memory it shares where it can.
+  void look_again(HeldGenerator& generator);
   bool is_glance() const { return kind_ == Kind::kPhilox && philox_.capture == kNotAsked; }
+  // Are both Philox states, told in the same way, and is there no difference?
+  bool is_same_glance(const GeneratorState& other) const {
+    return kind_ == Kind::kPhilox && other.kind_ == Kind::kPhilox && philox_ == other.philox_ &&
+           kept_ == other.kept_ && keeps_rnn_state_ == other.keeps_rnn_state_;
+  }
   // Is it one, at what is `state` outside of captures?
   bool is_glance_at(const GeneratorState& state) const {
     return is_glance() && state.kind_ == Kind::kPhilox && philox_.seed == state.philox_.seed &&

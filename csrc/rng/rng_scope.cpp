@@ -39,8 +39,8 @@ std::string divergence(const Entry& entry, const GeneratorMark& now) {
 
 }  // namespace
 
-RngScope::RngScope(RngStash stash, bool enabled, bool checked)
-    : stash_(std::move(stash)), enabled_(enabled) {
+RngScope::RngScope(const RngStash& stash, bool enabled, bool checked)
+    : stash_(stash), enabled_(enabled) {
   if (!enabled_) {
     return;
   }
@@ -68,6 +68,17 @@ RngScope::RngScope(RngStash stash, bool enabled, bool checked)
 }
 
 void RngScope::note_outer(bool watched) {
+  // Nearly all programs on the CPU: one look, with the generator's mutex held once.
+  if (watched && stash_.size() == 1) {
+    const Entry entry = stash_[0];
+    if (entry.state.kind() == GeneratorKind::kMt19937 &&
+        entry.generator == *default_generator(c10::Device(c10::DeviceType::CPU))) {
+      outer_ = RngSnapshot::glance_and_rewind_cpu(entry.state);
+      rewound_.push_back({entry, 0, false});
+      is_rewound_ = true;
+      return;
+    }
+  }
   outer_ = watched ? RngSnapshot::glance() : RngSnapshot::capture(stash_.generators());
   size_t next = 0;
   for (size_t i = 0; i < stash_.size(); ++i) {
@@ -84,6 +95,9 @@ void RngScope::note_outer(bool watched) {
 }
 
 void RngScope::rewind() {
+  if (is_rewound_) {
+    return;
+  }
   for (const auto& [entry, place, is_resting] : rewound_) {
     if (is_resting) {
       continue;

@@ -20,11 +20,12 @@ namespace reprise {
 
 class RngScope {
  public:
-  // `stash` holds the states to rewind to. Throws OutOfReach if one of a generator that
-  // the forward moved belongs to another stream capture; others of that kind are left
-  // alone. Not `enabled`: does nothing. Not `checked`: generators that the forward did not
+  // `stash` holds the states to rewind to; it must outlive this. Throws OutOfReach if one of a
+  // generator that the forward moved belongs to another stream capture; others of that kind are
+  // left alone. Not `enabled`: does nothing. Not `checked`: generators that the forward did not
   // draw from are not looked at, for who moves them may be somebody else.
-  RngScope(RngStash stash, bool enabled, bool checked = true);
+  RngScope(const RngStash& stash, bool enabled, bool checked = true);
+  RngScope(RngStash&&, bool, bool = true) = delete;
   ~RngScope() { put_back(); }
   RngScope(const RngScope&) = delete;
   RngScope& operator=(const RngScope&) = delete;
@@ -70,7 +71,7 @@ class RngScope {
   // we looked had taken it by then, be it given back or not.
   bool moved_by_us() const;
 
-  const RngStash stash_;
+  const RngStash& stash_;
   bool enabled_;
   uint64_t turns_ = 0;          // taken when this was made
   std::optional<Lease> lease_;  // given back last
@@ -78,6 +79,7 @@ class RngScope {
   // had rewound some of these when this was made.
   RngSnapshot outer_;
   c10::SmallVector<Rewound, 8> rewound_;
+  bool is_rewound_ = false;  // while it was noted where they stood
 };
 
 }  // namespace reprise

@@ -185,34 +185,60 @@ const RngSnapshot::Entries& RngSnapshot::none() {
   return none;
 }
 
-const RngSnapshot& RngSnapshot::of_defaults() {
+const RngSnapshot& RngSnapshot::of_defaults(const GeneratorState* rewind_cpu_to) {
   RngSnapshot& last = per_thread<RngSnapshot>();
   // Nobody has it but us, which is so where each segment draws: its memory is used again.
   // The fence: whoever had it, on whatever thread, has read it.
   bool own = last.entries_.use_count() == 1;
   std::atomic_thread_fence(std::memory_order_acquire);
   size_t next = 0;
-  visit_defaults([&](const at::Generator& generator) {
+  const auto rewind_cpu = [&](HeldGenerator& cpu) {
+    if (!(last.entries()[0].state == *rewind_cpu_to)) {
+      rewind_cpu_to->apply(cpu);
+    }
+  };
+  const auto look_at = [&](const at::Generator& generator) {
     const size_t i = next++;
     const Entries& known = last.entries();
     const bool is_known = i < known.size() && known[i].generator == generator;
-    auto state = is_known ? known[i].state.other_glance(generator)
-                          : std::make_optional(GeneratorState::glance(generator));
-    if (!state.has_value()) {
+    const bool rewinds = i == 0 && rewind_cpu_to != nullptr;
+    const bool is_same = is_known && known[i].state.is_still_of(generator);
+    if (is_same && !rewinds) {
       return;
     }
-    if (!own) {
-      last = RngSnapshot(std::make_shared<Entries>(known));
-      own = true;
+    HeldGenerator held(generator);
+    if (is_known && (own || is_same)) {
+      if (!is_same) {
+        (*last.entries_)[i].state.look_again(held);
+      }
+    } else {
+      auto state = GeneratorState::glance(held);
+      if (!is_known || !state.is_same_glance(known[i].state)) {
+        if (!own) {
+          last = RngSnapshot(std::make_shared<Entries>(known));
+          own = true;
+        }
+        Entries& entries = *last.entries_;
+        if (is_known) {
+          entries[i].state = std::move(state);
+        } else {  // they have become more, or others, which is rare
+          entries.resize(i);
+          entries.push_back({generator, std::move(state)});
+        }
+      }
     }
-    Entries& entries = *last.entries_;
-    if (is_known) {
-      entries[i].state = *std::move(state);
-    } else {  // they have become more, or others, which is rare
-      entries.resize(i);
-      entries.push_back({generator, *std::move(state)});
+    if (rewinds) {
+      rewind_cpu(held);
     }
-  });
+  };
+  try {
+    visit_defaults(look_at);
+  } catch (...) {
+    if (rewind_cpu_to != nullptr && next > 1) {
+      put_back(last.generator(0), last.state(0));
+    }
+    throw;
+  }
   if (next < last.size()) {  // some are not there any more
     last = RngSnapshot(std::make_shared<Entries>(last.entries()));
     last.entries_->resize(next);
@@ -221,7 +247,7 @@ const RngSnapshot& RngSnapshot::of_defaults() {
 }
 
 RngSnapshot RngSnapshot::glance(Generators others) {
-  const RngSnapshot& defaults = of_defaults();
+  const RngSnapshot& defaults = of_defaults(nullptr);
   if (others.empty()) {
     return defaults;
   }
@@ -230,6 +256,10 @@ RngSnapshot RngSnapshot::glance(Generators others) {
     capture_one(entries, generator);
   }
   return RngSnapshot(std::move(entries));
+}
+
+RngSnapshot RngSnapshot::glance_and_rewind_cpu(const GeneratorState& to) {
+  return of_defaults(&to);
 }
 
 RngSnapshot RngSnapshot::capture(Generators generators) {

@@ -95,6 +95,9 @@ class RngSnapshot {
   // a replay begins, of which most will not move: GeneratorState::glance(). Each once, however
   // often it is named.
   static RngSnapshot glance(Generators others = {});
+  // The default generators, of which the CPU's is put to `to`, which is a state of it, in the same
+  // breath.
+  static RngSnapshot glance_and_rewind_cpu(const GeneratorState& to);
   // Only `generators`, each once.
   static RngSnapshot capture(Generators generators);
 
@@ -130,7 +133,7 @@ class RngSnapshot {
   std::optional<size_t> place_of(const at::Generator& generator) const;
   // A glance at the default generators; the thread's last snapshot of them if they stand there
   // still.
-  static const RngSnapshot& of_defaults();
+  static const RngSnapshot& of_defaults(const GeneratorState* rewind_cpu_to);
 
   std::shared_ptr<Entries> entries_;  // null: none; changed by of_defaults() alone
 };

@@ -27,7 +27,7 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
   const size_t size_of_last = size_of(last);
   size_t same = 0;
   std::shared_ptr<Entries> unmoved;
-  std::shared_ptr<Entries> own;
+  c10::intrusive_ptr<Own> own;
   size_t hint = 0;  // devices are mostly in the order of generators
   const auto is_of_the_segment = [&](const at::Generator& generator) {
     const auto device = generator.device();
@@ -79,7 +79,7 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
     HeldGenerator held(e.generator);
     const auto end = GeneratorMark::of(held);
     const bool moved = !e.state.is_state_of(held, end);
-    const auto state = e.state.settled(end);
+    auto state = e.state.settled(end);
     if (!moved && state.kind() == GeneratorKind::kPhilox) {
       if (!is_of_the_segment(e.generator)) {
         continue;
@@ -91,9 +91,9 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
       }
     } else if (moved || state.kind() == GeneratorKind::kMt19937 || is_of_the_segment(e.generator)) {
       if (!own) {
-        own = std::make_shared<Entries>();
+        own = c10::make_intrusive<Own>();
       }
-      own->push_back({e.generator, state, end, moved});
+      own->entries.push_back({e.generator, std::move(state), end, moved});
     }
   }
   RngStash needed;
@@ -128,7 +128,7 @@ bool is_fresh(const at::Generator& generator) {
 
 std::vector<std::string> RngStash::add_newcomers(const RngSnapshot& begin) {
   std::vector<std::string> unknown;
-  std::shared_ptr<Entries> own;
+  c10::intrusive_ptr<Own> own;
   size_t next = 0;
   visit_default_generators([&](const at::Generator& generator) {
     if (begin.place_of(generator, next++).has_value()) {
@@ -143,9 +143,12 @@ std::vector<std::string> RngStash::add_newcomers(const RngSnapshot& begin) {
     auto state = GeneratorState::philox(generator.current_seed(), 0);
     const bool moved = !state.is_state_of(generator);
     if (!own) {
-      own = own_ ? std::make_shared<Entries>(*own_) : std::make_shared<Entries>();
+      own = c10::make_intrusive<Own>();
+      if (own_) {
+        own->entries = own_->entries;
+      }
     }
-    own->push_back({generator, std::move(state), GeneratorMark::of(generator), moved});
+    own->entries.push_back({generator, std::move(state), GeneratorMark::of(generator), moved});
   });
   if (own) {
     own_ = std::move(own);
@@ -155,8 +158,8 @@ std::vector<std::string> RngStash::add_newcomers(const RngSnapshot& begin) {
 
 RngStash::Clocks RngStash::clocks() const {
   Clocks clocks;
-  for (size_t i = 0; i < size_of(own_); ++i) {  // none of the shared ones moved
-    const Entry& entry = (*own_)[i];
+  for (size_t i = 0; i < size_of_own(); ++i) {  // none of the shared ones moved
+    const Entry& entry = own_->entries[i];
     const auto device = entry.generator.device();
     const auto* known = entry.moved ? default_generator(device) : nullptr;
     if (known == nullptr || !(*known == entry.generator)) {

@@ -5,6 +5,7 @@
 #include <ATen/core/Generator.h>
 #include <c10/core/Device.h>
 #include <c10/util/SmallVector.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstddef>
 #include <memory>
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "pool.h"
 #include "rng/generator_state.h"
 #include "rng/rng_snapshot.h"
 
@@ -53,14 +55,14 @@ class RngStash {
   const RngSnapshot& begin() const { return begin_; }  // while the forward runs
 
   bool empty() const { return size() == 0; }
-  size_t size() const { return begin_.size() + size_of(own_) + size_of(shared_); }
+  size_t size() const { return begin_.size() + size_of_own() + size_of(shared_); }
   View operator[](size_t index) const {
     if (!begin_.empty()) {
       const auto& entry = begin_.entries()[index];
       return {entry.generator, entry.state, nullptr, false};
     }
-    const size_t of_own = size_of(own_);
-    const Entry& entry = index < of_own ? (*own_)[index] : (*shared_)[index - of_own];
+    const size_t of_own = size_of_own();
+    const Entry& entry = index < of_own ? own_->entries[index] : (*shared_)[index - of_own];
     return {entry.generator, entry.state, &entry.end, entry.moved};
   }
   // Of the default generators that the forward moved: device, and clock at the beginning.
@@ -75,12 +77,16 @@ class RngStash {
  private:
   // One inline: most programs have the CPU alone, most stashes one device.
   using Entries = c10::SmallVector<Entry, 1>;
+  struct Own final : c10::intrusive_ptr_target, Pooled<Own> {
+    Entries entries;
+  };
   using Shared = std::shared_ptr<const Entries>;  // null: none
   static size_t size_of(const Shared& entries) { return entries ? entries->size() : 0; }
+  size_t size_of_own() const { return own_ ? own_->entries.size() : 0; }
 
   RngSnapshot begin_;
-  Shared own_;
-  Shared shared_;  // with other segments: generators that did not move
+  c10::intrusive_ptr<Own> own_;  // not changed once others have it; null: none
+  Shared shared_;                // with other segments: generators that did not move
 };
 
 }  // namespace reprise

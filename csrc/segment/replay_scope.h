@@ -44,7 +44,8 @@ class ReplayScope {
   // `inside_fn`: for a backward inside of fn, whose forward is still running.
   ReplayScope(Segment& segment, bool inside_fn)
       : segment_(checked(segment)),
-        generators_(rewind(segment)),
+        stash_of_forward_(inside_fn ? std::optional(segment.stash()) : std::nullopt),
+        generators_(rewind(segment, inside_fn ? *stash_of_forward_ : segment.stash())),
         ambient_(segment.ambient(), inside_fn),
         state_(segment.reached()) {}
   ReplayScope(const ReplayScope&) = delete;
@@ -109,10 +110,10 @@ class ReplayScope {
     return segment;
   }
 
-  static RngScope rewind(Segment& segment) {
+  static RngScope rewind(Segment& segment, const RngStash& stash) {
     try {
       const auto& options = segment.options();
-      return RngScope(segment.stash(), options.preserve_rng_state, options.check_rng);
+      return RngScope(stash, options.preserve_rng_state, options.check_rng);
     } catch (const OutOfReach& error) {
       host().throw_checkpoint_error("torch_reprise: the replay of " + segment.name() +
                                     " cannot draw the random numbers of its forward again.\n  " +
@@ -128,7 +129,8 @@ class ReplayScope {
   compat::NoInferenceMode no_inference_;
   // Batched gradients (is_grads_batched) are no business of fn's, which could not draw there.
   c10::impl::ExcludeDispatchKeyGuard no_batch_{c10::DispatchKey::VmapMode};
-  compat::WantedLeaves own_calls_{nullptr};  // backward calls inside of fn ask for their own
+  compat::WantedLeaves own_calls_{nullptr};   // backward calls inside of fn ask for their own
+  std::optional<RngStash> stash_of_forward_;  // that is running, and will keep another one
   RngScope generators_;
   AmbientScope ambient_;
   StateScope state_;
