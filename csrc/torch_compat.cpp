@@ -350,13 +350,16 @@ std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcep
 }
 
 bool at_philox(c10::GeneratorImpl& generator, const c10::intrusive_ptr_target& owner, uint64_t seed,
-               uint64_t offset) noexcept {
-  const auto& now = static_cast<at::CUDAGeneratorImpl&>(generator).*member_of(StateOfGenerator());
+               uint64_t offset, bool keeps_rnn_state) noexcept {
+  auto& cuda = static_cast<at::CUDAGeneratorImpl&>(generator);
+  const auto& now = cuda.*member_of(StateOfGenerator());
   static_assert(sizeof(now) == sizeof(void*));
   const auto read = [](const auto& field) { return __atomic_load_n(&field, __ATOMIC_RELAXED); };
   const auto& state = static_cast<const at::CUDAGeneratorState&>(owner);
   return read(reinterpret_cast<const at::CUDAGeneratorState* const&>(now)) == &state &&
          read(state.philox_offset_per_thread_) == offset && read(state.seed_) == seed &&
+         (cuda.*member_of(RnnFlagOfGenerator())).test(std::memory_order_relaxed) ==
+             keeps_rnn_state &&
          state.capture_states_.empty() && g_philox_fields.load(std::memory_order_relaxed);
 }
 

@@ -138,12 +138,12 @@ struct PhiloxFields {
 };
 std::optional<PhiloxFields> philox_fields(c10::GeneratorImpl& generator) noexcept;
 // Does a generator that had `owner`, which the caller keeps alive, stand at (seed, offset), with
-// nothing drawn in any capture? Without its mutex, for two reads: `owner` is alive, so that its
-// fields can be read whenever it is still the generator's. Who draws meanwhile has done so before
-// or after; who sets a seed meanwhile, in another thread, may be seen with the old offset. False
-// where it has another owner by now.
+// that flag and nothing drawn in any capture? Without its mutex, for two reads: `owner` is alive,
+// so that its fields can be read whenever it is still the generator's. Who draws meanwhile has done
+// so before or after; who sets a seed meanwhile, in another thread, may be seen with the old
+// offset. False where it has another owner by now.
 bool at_philox(c10::GeneratorImpl& generator, const c10::intrusive_ptr_target& owner, uint64_t seed,
-               uint64_t offset) noexcept;
+               uint64_t offset, bool keeps_rnn_state) noexcept;
 void enable_philox_fields(bool enabled);  // off: the virtuals are used (tests)
 
 // ---------------------------------------------------------------------------

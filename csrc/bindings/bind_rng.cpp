@@ -5,6 +5,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -116,13 +117,21 @@ void bind_rng(py::module_& module) {
   module.def("generator_name", &generator_name);
   module.def("enable_philox_fields", &compat::enable_philox_fields);
   module.def("philox_fields", [](const at::Generator& generator) {
-    std::optional<std::pair<uint64_t, uint64_t>> seed_and_offset;
+    std::optional<std::tuple<uint64_t, uint64_t, bool>> found;
     auto* impl = generator.unsafeGetGeneratorImpl();
     std::lock_guard<std::mutex> lock(impl->mutex_);
     if (const auto fields = compat::philox_fields(*impl)) {
-      seed_and_offset.emplace(fields->seed, fields->offset);
+      found.emplace(fields->seed, fields->offset, fields->keeps_rnn_state.test());
     }
-    return seed_and_offset;
+    return found;
+  });
+  // As the first RNN with dropout does.
+  module.def("keep_rnn_state", [](const at::Generator& generator) {
+    auto* impl = generator.unsafeGetGeneratorImpl();
+    std::lock_guard<std::mutex> lock(impl->mutex_);
+    if (const auto fields = compat::philox_fields(*impl)) {
+      fields->keeps_rnn_state.test_and_set();
+    }
   });
   module.def("set_lease_wait_limit", [](double seconds) {
     Lease::set_wait_limit(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));

@@ -471,13 +471,13 @@ GeneratorState GeneratorState::philox(uint64_t seed, uint64_t offset) {
   return state;
 }
 
-bool GeneratorState::apply(HeldGenerator& generator) const {
+bool GeneratorState::apply(HeldGenerator& generator, bool new_to_rnns) const {
   switch (kind_) {
     case Kind::kMt19937:
       Mt19937::apply(cpu_of(generator), *this);
       break;
     case Kind::kPhilox:
-      return set_position(generator, philox_, keeps_rnn_state_);
+      return set_position(generator, philox_, keeps_rnn_state_ && !new_to_rnns);
     case Kind::kOpaque:
       generator.impl().set_state(bytes_of(kept_));
       break;

@@ -151,7 +151,9 @@ class GeneratorState {
   static GeneratorState philox(uint64_t seed, uint64_t offset);
   // False, and nothing is done, for a Philox state of another stream capture than
   // the one that the generator's device is in now.
-  bool apply(HeldGenerator& generator) const;
+  // `new_to_rnns`: as torch's set_state() does, after which an RNN draws a new seed for its
+  // dropout, whatever it did before this state was captured.
+  bool apply(HeldGenerator& generator, bool new_to_rnns = false) const;
   bool apply(const at::Generator& generator) const {
     HeldGenerator held(generator);
     return apply(held);
@@ -180,7 +182,7 @@ class GeneratorState {
     return kind_ == Kind::kMt19937
                ? is_untouched(*generator.unsafeGetGeneratorImpl())
                : is_glance() && compat::at_philox(*generator.unsafeGetGeneratorImpl(), *kept_,
-                                                  philox_.seed, philox_.offset);
+                                                  philox_.seed, philox_.offset, keeps_rnn_state_);
   }
 
   bool operator==(const GeneratorState& other) const;

@@ -302,7 +302,7 @@ GeneratorList RngSnapshot::restore_moved() const {
   Attempts attempt;
   for (const auto& entry : entries()) {
     attempt([&] {
-      if (put_back(entry.generator, entry.state)) {
+      if (put_back(entry.generator, entry.state, /*new_to_rnns=*/true)) {
         moved.push_back(entry.generator);
       }
     });
@@ -311,13 +311,13 @@ GeneratorList RngSnapshot::restore_moved() const {
   return moved;
 }
 
-bool put_back(const at::Generator& generator, const GeneratorState& state) {
+bool put_back(const at::Generator& generator, const GeneratorState& state, bool new_to_rnns) {
   {
     HeldGenerator held(generator);
     if (state.is_state_of(held)) {
       return false;
     }
-    if (state.apply(held)) {
+    if (state.apply(held, new_to_rnns)) {
       return true;
     }
   }

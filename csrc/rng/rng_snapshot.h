@@ -56,7 +56,8 @@ class OutOfReach : public std::runtime_error {
 };
 std::string out_of_reach(const at::Generator& generator, const GeneratorState& state);
 // Puts a generator back to `state`; throws OutOfReach. False if it stands there.
-bool put_back(const at::Generator& generator, const GeneratorState& state);
+bool put_back(const at::Generator& generator, const GeneratorState& state,
+              bool new_to_rnns = false);
 
 // Runs actions, each whatever became of the others; rethrow() throws the last error.
 class Attempts {
@@ -101,9 +102,10 @@ class RngSnapshot {
   // Only `generators`, each once.
   static RngSnapshot capture(Generators generators);
 
-  // Puts back the generators that do not stand where they were captured, and
-  // returns them. An error of one does not keep the others from being put
-  // back; the last one is thrown at the end, OutOfReach if it is a stream capture.
+  // Puts back the generators that do not stand where they were captured, as somebody who asks for
+  // numbers that can be drawn again (GeneratorState::apply: `new_to_rnns`), and returns them. An
+  // error of one does not keep the others from being put back; the last one is thrown at the end,
+  // OutOfReach if it is a stream capture.
   GeneratorList restore_moved() const;
 
   // `hint`: the place where it is nearly always, if it is there.

@@ -33,16 +33,28 @@ def told_by_torch(g: torch.Generator) -> tuple[int, int]:
     return g.initial_seed(), g.get_offset()
 
 
+def fields(g: torch.Generator) -> tuple[int, int]:
+    found = _C.philox_fields(g)
+    assert found is not None
+    return found[:2]
+
+
+def keeps_rnn_state(g: torch.Generator) -> bool:
+    found = _C.philox_fields(g)
+    assert found is not None
+    return found[2]
+
+
 @pytest.mark.parametrize("of", ["default", "explicit", "clone"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_they_are_what_torch_says(change: str, of: str) -> None:
     g = generator(0) if of == "default" else torch.Generator("cuda:0")
     if of == "clone":
         g = g.clone_state()
-    assert _C.philox_fields(g) == told_by_torch(g)
+    assert fields(g) == told_by_torch(g)
     before = told_by_torch(g)
     CHANGES[change](g)
-    assert _C.philox_fields(g) == told_by_torch(g) != before
+    assert fields(g) == told_by_torch(g) != before
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -105,3 +117,49 @@ def test_generators_that_share_a_state(use_reentrant: bool) -> None:
     y.sum().backward()
     assert seen == [8, 8]
     assert offsets() == before
+
+
+@both_forms
+@pytest.mark.parametrize("kept", [False, True])
+def test_whether_an_rnn_draws_a_seed_is_as_in_the_forward(kept: bool, use_reentrant: bool) -> None:
+    """torch clears the flag where a generator is set; a replay sets one, and is not seen by it."""
+    g = generator(0).manual_seed(3)
+    assert not keeps_rnn_state(g)
+    torch.rand(4, device="cuda:0")
+    if kept:
+        _C.keep_rnn_state(g)
+    seen: list[bool] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        seen.append(keeps_rnn_state(g))
+        return draws(x)
+
+    out = checkpoint(fn, leaf("cuda:0"), use_reentrant=use_reentrant)
+    torch.rand(4, device="cuda:0")
+    out.sum().backward()
+    assert seen == [kept, kept]
+    assert keeps_rnn_state(g) is kept
+    snapshot = rng.capture()
+    snapshot.restore()
+    assert keeps_rnn_state(g) is kept, "it stands there already"
+    torch.rand(4, device="cuda:0")
+    snapshot.restore()
+    assert not keeps_rnn_state(g), "as after torch.cuda.set_rng_state"
+
+
+@both_forms
+def test_a_seed_between_forward_and_backward_stays_one_for_rnns(use_reentrant: bool) -> None:
+    g = generator(0).manual_seed(3)
+    torch.rand(4, device="cuda:0")
+    _C.keep_rnn_state(g)
+    seen: list[bool] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        seen.append(keeps_rnn_state(g))
+        return draws(x)
+
+    out = checkpoint(fn, leaf("cuda:0"), use_reentrant=use_reentrant)
+    g.manual_seed(5)
+    out.sum().backward()
+    assert seen == [True, True]
+    assert not keeps_rnn_state(g)

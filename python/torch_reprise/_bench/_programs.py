@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -276,13 +277,28 @@ def state_tensor_bytes() -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.dtype is torch.uint8)
 
 
-def random_bytes(segment: Callable[[], Tensor], segments: int = 50) -> float:
-    """Bytes of random states that a live segment keeps, in either library's form.
+class RandomBytes(NamedTuple):
+    """Bytes of random states that live segments keep.
+
+    Attributes:
+        each: by what every further segment adds.
+        shared: what there is besides, however many they are.
+    """
+
+    each: float
+    shared: float
+
+
+def random_bytes(segment: Callable[[], Tensor], segments: int = 50) -> RandomBytes:
+    """What segments keep of random states, in either library's form.
 
     ``segment`` runs one and returns what keeps it alive.
     """
-    before = state_tensor_bytes() + ledger.stashed_bytes()
-    alive = [segment() for _ in range(segments)]
-    grown = state_tensor_bytes() + ledger.stashed_bytes() - before
+    kept = []
+    alive: list[Tensor] = []
+    for _ in range(3):
+        kept.append(state_tensor_bytes() + ledger.stashed_bytes())
+        alive += [segment() for _ in range(segments)]
     del alive
-    return grown / segments
+    each = (kept[2] - kept[1]) / segments
+    return RandomBytes(each, kept[1] - kept[0] - segments * each)

@@ -256,5 +256,10 @@ def _rows(case: Case, tell: _child.Tell, rounds: int, target_s: float) -> list[l
             figures = [scale * getattr(summary, statistic) for summary in summaries]
             ratio: object = figures[1] / figures[0] if figures[0] > 0 else ""
             head = [case.draws, case.arguments, operation, statistic, rounds]
-            rows.append([*head, *(inner[label] for label in labels), *figures, ratio, *kept])
+            rows.append(
+                [
+                    *(*head, *(inner[label] for label in labels), *figures, ratio),
+                    *(*(each for each, _ in kept), *(shared for _, shared in kept)),
+                ]
+            )
     return rows

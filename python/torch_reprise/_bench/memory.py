@@ -359,7 +359,7 @@ def run(screen: Screen, options: Options, functions: Functions) -> Report:
         {label: alive_in_backward(segment) for label, segment in chosen.items()},
         {
             program: {
-                label: random_bytes(partial(segment, function, value))
+                label: random_bytes(partial(segment, function, value)).each
                 for label, segment in chosen.items()
                 if label != PLAIN
             }

@@ -21,7 +21,8 @@ What varies: whether the segment draws from all devices, from one, or not at all
 argument on it; ours knows the generators and keeps those that can have moved. The gradient flows on
 the CPU in every case, so that threads of devices do not disturb the clock.
 
-``bytes``: what a live segment keeps of random states.
+``bytes``: what every further live segment keeps of random states. Beside that ours has a few bytes
+that segments share, however many they are: ``shared``.
 
 Before anything is timed: gradients and the states of all generators after a step equal those of the
 plain step, and the numbers drawn in the replay those of the forward.
@@ -62,6 +63,8 @@ COLUMNS = (
     "ratio",
     "torch_bytes",
     "ours_bytes",
+    "torch_shared_bytes",
+    "ours_shared_bytes",
 )
 
 
@@ -110,6 +113,10 @@ def fraction(ratio: object) -> str:
     return f"1/{1 / ratio:.0f}" if 0 < ratio < 0.5 else short(ratio)
 
 
+def _most_shared(found: Found) -> float:
+    return max(float(row["ours_shared_bytes"]) for rows in found.values() for row in rows.values())
+
+
 def table(found: Found) -> Table:
     """One row for each case; microseconds, ``torch / ours``.
 
@@ -123,7 +130,8 @@ def table(found: Found) -> Table:
         caption=(
             "draws: from all of the devices, one or none. args: tensor arguments on each device.\n"
             "cycle: what a segment pays, capture, rewind and put back. ours is: ours / torch's\n"
-            "in the cycle, by minima and by medians."
+            "in the cycle, by minima and by medians. bytes kept: by every further segment; all of\n"
+            f"ours together share {_most_shared(found):,.0f} more at most."
         ),
     )
     for count, rows in found.items():
