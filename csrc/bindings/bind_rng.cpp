@@ -14,6 +14,7 @@
 #include "bindings/python_object.h"
 #include "lease.h"
 #include "rng/rng_snapshot.h"
+#include "rng/rnn_dropout.h"
 #include "torch_compat.h"
 
 namespace py = pybind11;
@@ -133,6 +134,7 @@ void bind_rng(py::module_& module) {
       fields->keeps_rnn_state.test_and_set();
     }
   });
+  module.def("set_rnn_state_size", &set_rnn_state_size);
   module.def("set_lease_wait_limit", [](double seconds) {
     Lease::set_wait_limit(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3)));
   });

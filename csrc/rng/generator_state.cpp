@@ -491,8 +491,10 @@ bool GeneratorState::is_state_of(HeldGenerator& generator) const {
       auto& cpu = cpu_of(generator);
       return Mt19937::stands_at(cpu, compat::mt19937_data(cpu), *this);
     }
-    case Kind::kPhilox:
-      return is_same(philox_, position_of(generator));
+    case Kind::kPhilox: {
+      const PhiloxPosition now = position_of(generator);
+      return is_same(philox_, now) && (now.capture != kNoCapture || has_flag_of(generator));
+    }
     case Kind::kOpaque:
       return *this == capture(generator);
   }
@@ -506,7 +508,13 @@ bool GeneratorState::is_state_of(HeldGenerator& generator, const GeneratorMark& 
   if (kind_ != Kind::kPhilox) {
     return is_state_of(generator);
   }
-  return mark.kind_ == kind_ && is_same(philox_, {mark.seed_, mark.position_, mark.block_});
+  return mark.kind_ == kind_ && is_same(philox_, {mark.seed_, mark.position_, mark.block_}) &&
+         (mark.block_ != kNoCapture || has_flag_of(generator));
+}
+
+bool GeneratorState::has_flag_of(HeldGenerator& generator) const {
+  const auto fields = compat::philox_fields(generator.impl());
+  return !fields.has_value() || fields->keeps_rnn_state.test() == keeps_rnn_state_;
 }
 
 bool GeneratorState::operator==(const GeneratorState& other) const {

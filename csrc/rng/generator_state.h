@@ -142,7 +142,8 @@ class GeneratorState {
   // Is it one, at what is `state` outside of captures?
   bool is_glance_at(const GeneratorState& state) const {
     return is_glance() && state.kind_ == Kind::kPhilox && philox_.seed == state.philox_.seed &&
-           philox_.offset == state.philox_.offset && state.philox_.capture == kNoCapture;
+           philox_.offset == state.philox_.offset && state.philox_.capture == kNoCapture &&
+           keeps_rnn_state_ == state.keeps_rnn_state_;
   }
   // What a glance has seen, if the generator is at `mark` since and nothing else than draws and
   // states that were set, in the same capture or in none, lies between.
@@ -210,6 +211,8 @@ class GeneratorState {
   friend class GeneratorMark;
   friend DrawClock draw_clock(const at::Generator& generator);
   bool is_untouched(c10::GeneratorImpl& cpu) const;
+  // Of a Philox generator that stands here, outside of captures: is its flag this one's as well?
+  bool has_flag_of(HeldGenerator& generator) const;
   struct Mt19937;  // what concerns that kind alone
 
   // What is left of pairs of normal samples.

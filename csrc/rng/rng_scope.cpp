@@ -103,7 +103,8 @@ void RngScope::rewind() {
       continue;
     }
     const GeneratorState& outer = outer_.state(place);
-    const bool is_exact = !outer.is_glance() && !entry.state.is_glance();
+    const bool is_exact = !outer.is_glance() && !entry.state.is_glance() &&
+                          outer.keeps_rnn_state() == entry.state.keeps_rnn_state();
     const bool is_there = is_exact ? entry.state == outer || entry.state.apply(entry.generator)
                                    : entry.state.set(entry.generator);
     if (!is_there && (entry.moved || entry.end == nullptr)) {

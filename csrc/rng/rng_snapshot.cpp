@@ -192,9 +192,11 @@ const RngSnapshot& RngSnapshot::of_defaults(const GeneratorState* rewind_cpu_to)
   bool own = last.entries_.use_count() == 1;
   std::atomic_thread_fence(std::memory_order_acquire);
   size_t next = 0;
+  bool is_rewound = false;
   const auto rewind_cpu = [&](HeldGenerator& cpu) {
     if (!(last.entries()[0].state == *rewind_cpu_to)) {
       rewind_cpu_to->apply(cpu);
+      is_rewound = true;
     }
   };
   const auto look_at = [&](const at::Generator& generator) {
@@ -202,11 +204,12 @@ const RngSnapshot& RngSnapshot::of_defaults(const GeneratorState* rewind_cpu_to)
     const Entries& known = last.entries();
     const bool is_known = i < known.size() && known[i].generator == generator;
     const bool rewinds = i == 0 && rewind_cpu_to != nullptr;
-    const bool is_same = is_known && known[i].state.is_still_of(generator);
-    if (is_same && !rewinds) {
+    const auto is_still_there = [&] { return is_known && known[i].state.is_still_of(generator); };
+    if (!rewinds && is_still_there()) {
       return;
     }
     HeldGenerator held(generator);
+    const bool is_same = rewinds && is_still_there();
     if (is_known && (own || is_same)) {
       if (!is_same) {
         (*last.entries_)[i].state.look_again(held);
@@ -233,15 +236,15 @@ const RngSnapshot& RngSnapshot::of_defaults(const GeneratorState* rewind_cpu_to)
   };
   try {
     visit_defaults(look_at);
+    if (next < last.size()) {  // some are not there any more
+      last = RngSnapshot(std::make_shared<Entries>(last.entries()));
+      last.entries_->resize(next);
+    }
   } catch (...) {
-    if (rewind_cpu_to != nullptr && next > 1) {
+    if (is_rewound) {
       put_back(last.generator(0), last.state(0));
     }
     throw;
-  }
-  if (next < last.size()) {  // some are not there any more
-    last = RngSnapshot(std::make_shared<Entries>(last.entries()));
-    last.entries_->resize(next);
   }
   return last;
 }

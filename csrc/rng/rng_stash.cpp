@@ -84,7 +84,8 @@ RngStash RngStash::needed_by_a_replay(const RngSnapshot& begin,
       if (!is_of_the_segment(e.generator)) {
         continue;
       }
-      if (is_next_of_last(e) && state == (*last)[same].state) {
+      if (is_next_of_last(e) && state == (*last)[same].state &&
+          state.keeps_rnn_state() == (*last)[same].state.keeps_rnn_state()) {
         ++same;
       } else {
         add_unmoved(e.generator, state, end);

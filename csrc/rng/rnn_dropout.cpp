@@ -35,13 +35,16 @@ Known& known() {
 // As large as no mask of a small model is: what is smaller need not be asked about.
 constexpr int64_t kLeastBytes = 1 << 20;
 
-// cuDNN's answer, of which the buffer's own bytes are not needed. 0 without cuDNN.
+// cuDNN's answer, of which the buffer's own bytes are not needed. 0 without cuDNN, -1 if there is
+// no memory for it now.
 int64_t size_on(c10::Device device) {
   try {
     const Unobserved quietly;
     return at::_cudnn_init_dropout_state(/*dropout=*/0.5, /*train=*/true, /*dropout_seed=*/0,
                                          at::TensorOptions(at::kByte).device(device))
         .numel();
+  } catch (const c10::OutOfMemoryError&) {
+    return -1;
   } catch (const c10::Error&) {
     return 0;
   }
@@ -76,18 +79,6 @@ bool is_same(const at::Tensor& a, const at::Tensor& b) {
          a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl();
 }
 
-// Did the generator of the device keep the buffer when the forward began?
-bool keeps_buffer(const RngStash& stash, c10::Device device) {
-  for (size_t i = 0; i < stash.size(); ++i) {
-    const auto entry = stash[i];
-    const auto* generator = default_generator(device);
-    if (generator != nullptr && entry.generator == *generator) {
-      return entry.state.keeps_rnn_state();
-    }
-  }
-  return true;
-}
-
 }  // namespace
 
 bool may_be_rnn_state(const at::Tensor& tensor) {
@@ -101,6 +92,11 @@ at::Tensor copy_of_rnn_state(const at::Tensor& buffer) {
   return buffer.variable_data().clone();
 }
 
+void set_rnn_state_size(c10::DeviceIndex device, int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(known().mutex);
+  known().devices[device] = {bytes, at::Tensor()};
+}
+
 void meet_if_rnn_state(const at::Tensor& tensor) {
   if (!is_rnn_state(tensor)) {
     return;
@@ -112,16 +108,21 @@ void meet_if_rnn_state(const at::Tensor& tensor) {
     // runs again.
     return !recorder.is_replay();
   });
-  at::Tensor copy;
+  RnnState state;
+  {
+    const std::lock_guard<std::mutex> lock(known().mutex);
+    at::Tensor& last = known().devices[tensor.device().index()].buffer;
+    state.is_in_another_buffer = !is_same(last, tensor);
+  }
   std::for_each(around.rbegin(), around.rend(),
-                [&](Recorder* recorder) { recorder->meet_rnn_state(tensor, copy); });
+                [&](Recorder* recorder) { recorder->meet_rnn_state(tensor, state); });
   const std::lock_guard<std::mutex> lock(known().mutex);
   known().devices[tensor.device().index()].buffer = tensor.variable_data();
 }
 
-RnnRewind::RnnRewind(const RnnStates& states, const RngStash& stash) : states_(states) {
-  for (const at::Tensor& state : states) {
-    const c10::Device device = state.device();
+RnnRewind::RnnRewind(const RnnStates& states) : states_(states) {
+  for (const RnnState& state : states) {
+    const c10::Device device = state.values.device();
     const auto is_there = [&](const Outer& outer) { return outer.buffer.device() == device; };
     if (std::any_of(outer_.begin(), outer_.end(), is_there)) {
       continue;
@@ -131,7 +132,7 @@ RnnRewind::RnnRewind(const RnnStates& states, const RngStash& stash) : states_(s
       const std::lock_guard<std::mutex> lock(known().mutex);
       buffer = known().devices[device.index()].buffer;
     }
-    outer_.push_back({buffer, copy_of_rnn_state(buffer), !keeps_buffer(stash, device)});
+    outer_.push_back({buffer, copy_of_rnn_state(buffer)});
   }
 }
 
@@ -139,18 +140,18 @@ void RnnRewind::rewind(const at::Tensor& buffer) {
   if (next_ >= states_.size()) {
     return;  // more of them than in the forward: an error of its own
   }
-  const at::Tensor& values = states_[next_++];
+  const RnnState& state = states_[next_++];
   for (Outer& outer : outer_) {
     if (outer.buffer.device() != buffer.device()) {
       continue;
     }
     if (!is_same(outer.buffer, buffer)) {
-      if (!outer.is_made_anew) {  // by an operator outside of any segment
+      if (!state.is_in_another_buffer) {  // so it was made by one outside of any segment
         outer.values = copy_of_rnn_state(buffer);
       }
       outer.buffer = buffer.variable_data();
     }
-    set_values(buffer, values);
+    set_values(buffer, state.values);
   }
 }
 

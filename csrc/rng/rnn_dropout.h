@@ -12,32 +12,37 @@
 // there back at its end.
 //
 // Not seen, since nothing is saved: an RNN under no_grad or under saved-tensor hooks of the
-// user's, and all of the reentrant form.
+// user's, and all of the reentrant form. Nor which stream an RNN ran on: what is put back at the
+// end is put back on the current one. And a buffer that an RNN outside of any segment made anew is
+// known from the next one on that is inside.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
-#include <utility>
 #include <vector>
-
-#include "rng/rng_stash.h"
 
 namespace reprise {
 
-// Copies of it, in the order of the operators.
-using RnnStates = std::vector<at::Tensor>;
+// Of one operator.
+struct RnnState {
+  at::Tensor values;          // a copy
+  bool is_in_another_buffer;  // than the one before: made anew by it, as far as we have seen
+};
+using RnnStates = std::vector<RnnState>;  // in the order of the operators
 
 // Autograd saves `tensor`. If it is such a buffer, the recorders on this thread are told, from
 // the outermost one that it concerns to the innermost: Recorder::meet_rnn_state().
 bool may_be_rnn_state(const at::Tensor& tensor);
 void meet_if_rnn_state(const at::Tensor& tensor);
 at::Tensor copy_of_rnn_state(const at::Tensor& buffer);
+// For tests without cuDNN: what it would say of a device.
+void set_rnn_state_size(c10::DeviceIndex device, int64_t bytes);
 
 // Of one replay, of a segment that keeps `states`; those must outlive it.
 class RnnRewind {
  public:
-  RnnRewind(const RnnStates& states, const RngStash& stash);
+  explicit RnnRewind(const RnnStates& states);
   ~RnnRewind() { put_back(); }
   RnnRewind(const RnnRewind&) = delete;
   RnnRewind& operator=(const RnnRewind&) = delete;
@@ -52,7 +57,6 @@ class RnnRewind {
   struct Outer {
     at::Tensor buffer;  // the one that is in use
     at::Tensor values;  // what it held before the replay
-    bool is_made_anew;  // by the replay, as by the forward
   };
   std::vector<Outer> outer_;
   const RnnStates& states_;

@@ -13,6 +13,8 @@
 
 namespace reprise {
 
+struct RnnState;
+
 class Recorder : public c10::intrusive_ptr_target {
  public:
   // Called for each tensor that autograd is about to save, from any thread,
@@ -26,8 +28,8 @@ class Recorder : public c10::intrusive_ptr_target {
   virtual bool is_replay() const = 0;
 
   // An RNN of what is recorded here is about to run with this dropout state (rnn_dropout.h).
-  // `copy`: of the buffer, as this recorder leaves it; whoever wants one and finds none makes it.
-  virtual void meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) = 0;
+  // Whoever wants a copy of its values and finds none in `state` makes it.
+  virtual void meet_rnn_state(const at::Tensor& buffer, RnnState& state) = 0;
 };
 
 }  // namespace reprise

@@ -97,7 +97,7 @@ void Replay::run(Segment& segment) {
     const InterpreterHeld held;  // once for fn and for the pair around it
     std::optional<RnnRewind> rnn;
     if (!rnn_states_.empty()) {
-      rnn.emplace(rnn_states_, segment.stash());
+      rnn.emplace(rnn_states_);
     }
     const Running running(*this, segment, rnn.has_value() ? &*rnn : nullptr);
     compat::HookScope hooks(
@@ -224,7 +224,7 @@ uint32_t version_of(const at::Tensor& tensor) {
 }
 }  // namespace
 
-void Replay::meet_rnn_state(const at::Tensor& buffer, at::Tensor&) {
+void Replay::meet_rnn_state(const at::Tensor& buffer, RnnState&) {
   if (rnn_ != nullptr) {
     rnn_->rewind(buffer);
   }

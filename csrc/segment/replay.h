@@ -105,7 +105,7 @@ class Replay final : public Recorder, public Pooled<Replay> {
   std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
   int depth() const override { return depth_; }
   bool is_replay() const override { return true; }
-  void meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) override;
+  void meet_rnn_state(const at::Tensor& buffer, RnnState& state) override;
 
   // The next tensor that the replay's autograd saves. Returns its values for
   // the replay's own graph. May throw early stop or CheckpointError.

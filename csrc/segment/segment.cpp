@@ -164,6 +164,7 @@ void Segment::drop() noexcept {
     holder()->drop(storage);
   }
   stash_ = RngStash();
+  rnn_states_.reset();
   reached_ = ReachedState();
   const InterpreterHeld held;  // once for all objects that are let go
   inputs_.clear();
@@ -306,18 +307,18 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   return index;
 }
 
-void Segment::meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) {
+void Segment::meet_rnn_state(const at::Tensor& buffer, RnnState& state) {
   if (!options_.preserve_rng_state) {
     return;
   }
-  if (!copy.defined()) {
-    copy = copy_of_rnn_state(buffer);
+  if (!state.values.defined()) {
+    state.values = copy_of_rnn_state(buffer);
   }
   std::lock_guard<std::mutex> lock(mutex_);
   if (!rnn_states_) {
     rnn_states_ = std::make_unique<RnnStates>();
   }
-  rnn_states_->push_back(copy);
+  rnn_states_->push_back(state);
 }
 
 void Segment::write_fingerprints(const std::vector<ValueNotes::Note>& notes) {
@@ -380,8 +381,9 @@ size_t Segment::stashed_bytes(std::unordered_set<const void*>& seen) const {
   std::lock_guard<std::mutex> lock(mutex_);
   size_t of_rnns = 0;
   if (rnn_states_) {
-    for (const at::Tensor& state : *rnn_states_) {
-      of_rnns += seen.insert(state.unsafeGetTensorImpl()).second ? state.nbytes() : 0;
+    for (const RnnState& state : *rnn_states_) {
+      const bool is_new = seen.insert(state.values.unsafeGetTensorImpl()).second;
+      of_rnns += is_new ? state.values.nbytes() : 0;
     }
   }
   return stash_.nbytes(seen) + of_rnns + reached_.nbytes();

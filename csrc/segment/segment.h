@@ -142,7 +142,7 @@ class Segment final : public Recorder, public Pooled<Segment> {
   std::unique_ptr<torch::autograd::SavedVariableHooks> make_hooks() override;
   int depth() const override { return depth_; }
   bool is_replay() const override { return false; }
-  void meet_rnn_state(const at::Tensor& buffer, at::Tensor& copy) override;
+  void meet_rnn_state(const at::Tensor& buffer, RnnState& state) override;
 
   // --- called through SlotHooks, from any thread, without the interpreter lock ---
   uint32_t record(const at::Tensor& tensor);
