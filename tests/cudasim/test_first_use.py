@@ -140,3 +140,37 @@ report([offsets(), seen])
     )
     standing, seen = play(program, form=None)
     assert play(program, form=use_reentrant) == [standing, seen * 2]
+
+
+@pytest.mark.parametrize("look", range(6))
+def test_an_interrupted_look_at_the_devices_moves_no_generator(look: int) -> None:
+    """After a fork each look asks Python whether CUDA is initialised, and Ctrl-C may come there."""
+    program = """
+torch.cuda.init()
+child = os.fork()
+if child:
+    _, status = os.waitpid(child, 0)
+    report(status)
+else:
+    x = torch.ones(64, requires_grad=True)
+    y = torch_reprise.checkpoint(draws, x, use_reentrant=False)
+    torch.rand(5)
+    before = torch.get_rng_state()
+    asked = torch.cuda.is_initialized
+    looks = []
+
+    def interrupted():
+        looks.append(1)
+        if len(looks) > look:
+            raise KeyboardInterrupt
+        return asked()
+
+    torch.cuda.is_initialized = interrupted
+    try:
+        y.sum().backward()
+    except KeyboardInterrupt:
+        pass
+    torch.cuda.is_initialized = asked
+    os._exit(0 if torch.equal(before, torch.get_rng_state()) and len(looks) > 0 else 1)
+"""
+    assert play(program, look=look, form=False) == 0
