@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "host.h"
-#include "per_thread.h"
+#include "own_numbers.h"
 #include "torch_compat.h"
 
 namespace reprise {
@@ -31,7 +31,6 @@ struct State {
 };
 
 std::atomic<int64_t> g_wait_limit_ms{300'000};
-std::atomic<uint64_t> g_last_tokens{0};
 // Read without the lock by every replay; changed with it.
 std::atomic<uint64_t> g_turns{0};
 std::atomic<size_t> g_held{0};
@@ -57,18 +56,6 @@ State& state() {
   }();
   (void)made;
   return *g_state;
-}
-
-// Never 0, and nobody else's. A thread takes sixteen at once.
-uint64_t new_token() {
-  struct Last {
-    uint64_t token = 15;
-  };
-  uint64_t& last = per_thread<Last>().token;
-  if (last % 16 == 15) {
-    last = g_last_tokens.fetch_add(16, std::memory_order_relaxed);
-  }
-  return ++last;
 }
 
 bool held_by_other(const State& s, const void* key, uint64_t token, uint64_t also) {
@@ -130,7 +117,7 @@ Lease::Lease(Kind kind, const Keys& keys, const std::function<std::string(size_t
   uint64_t token = g_held.load() == 0 ? 0 : compat::chain_token();
   if (token == 0) {
     begins_chain_ = true;
-    token = new_token();
+    token = own_number<Lease>();
   }
   State& s = state();
   bool taken = false;

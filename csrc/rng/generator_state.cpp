@@ -12,6 +12,7 @@
 #include <optional>
 #include <typeinfo>
 
+#include "own_numbers.h"
 #include "per_thread.h"
 #include "pool.h"
 #include "torch_compat.h"
@@ -64,18 +65,8 @@ void set_stamp(at::mt19937_data_pod& data, uint32_t stamp) {
   std::memcpy(reinterpret_cast<char*>(&data) + kPadding, &stamp, 3);
 }
 
-// Never 0. A thread takes 15 at once.
-uint32_t new_stamp() {
-  struct Last {
-    uint32_t stamp = 15;
-  };
-  static std::atomic<uint32_t> taken{0};
-  uint32_t& last = per_thread<Last>().stamp;
-  if (last % 16 == 15) {
-    last = taken.fetch_add(16, std::memory_order_relaxed);
-  }
-  return ++last & 0xffffff;
-}
+// Never 0.
+uint32_t new_stamp() { return own_number<Mt19937Block>() & 0xffffff; }
 
 // The mark that a generator was given last. What else its padding has is no mark: a seed
 // leaves there what was on the stack, which may be the same the next time. By address, so that

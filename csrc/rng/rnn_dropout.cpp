@@ -50,6 +50,13 @@ int64_t size_on(c10::Device device) {
   }
 }
 
+// What nearly every tensor is not.
+bool may_be_rnn_state(const at::Tensor& tensor) {
+  return tensor.is_cuda() && tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
+         tensor.numel() >= kLeastBytes && tensor.layout() == at::kStrided &&
+         tensor.is_contiguous() && !tensor.unsafeGetTensorImpl()->key_set().has_any(kWrapped);
+}
+
 bool is_rnn_state(const at::Tensor& tensor) {
   const c10::Device device = tensor.device();
   {
@@ -81,12 +88,6 @@ bool is_same(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-bool may_be_rnn_state(const at::Tensor& tensor) {
-  return tensor.is_cuda() && tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
-         tensor.numel() >= kLeastBytes && tensor.layout() == at::kStrided &&
-         tensor.is_contiguous() && !tensor.unsafeGetTensorImpl()->key_set().has_any(kWrapped);
-}
-
 at::Tensor copy_of_rnn_state(const at::Tensor& buffer) {
   const Unobserved quietly;
   return buffer.variable_data().clone();
@@ -98,7 +99,7 @@ void set_rnn_state_size(c10::DeviceIndex device, int64_t bytes) {
 }
 
 void meet_if_rnn_state(const at::Tensor& tensor) {
-  if (!is_rnn_state(tensor)) {
+  if (!may_be_rnn_state(tensor) || !is_rnn_state(tensor)) {
     return;
   }
   c10::SmallVector<Recorder*, 4> around;

@@ -33,7 +33,6 @@ using RnnStates = std::vector<RnnState>;  // in the order of the operators
 
 // Autograd saves `tensor`. If it is such a buffer, the recorders on this thread are told, from
 // the outermost one that it concerns to the innermost: Recorder::meet_rnn_state().
-bool may_be_rnn_state(const at::Tensor& tensor);
 void meet_if_rnn_state(const at::Tensor& tensor);
 at::Tensor copy_of_rnn_state(const at::Tensor& buffer);
 // For tests without cuDNN: what it would say of a device.

@@ -232,9 +232,7 @@ void Replay::meet_rnn_state(const at::Tensor& buffer, RnnState&) {
 
 at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
   const compat::UnseenByModes unseen(tensor);
-  if (may_be_rnn_state(tensor)) {
-    meet_if_rnn_state(tensor);
-  }
+  meet_if_rnn_state(tensor);
   at::Tensor values = compat::values_of(tensor);
   if (stopped_.load(std::memory_order_relaxed)) {
     return values;  // fn swallowed the stop and goes on: see Note [Early stop]

@@ -246,9 +246,7 @@ uint32_t Segment::record(const at::Tensor& tensor) {
   // The line and sizes of other kinds may take the interpreter lock, so they come
   // before mutex_.
   slot.where = where_is(at::sequence_number::peek());
-  if (may_be_rnn_state(tensor)) {
-    meet_if_rnn_state(tensor);
-  }
+  meet_if_rnn_state(tensor);
   TensorMeta meta;
   c10::IntArrayRef sizes;
   if (has_plain_sizes(tensor)) {

@@ -363,12 +363,12 @@ def _checkpoint(
         preserve_rng_state = True
     options = _validated(
         context_fn=context_fn,
-        early_stop=early_stop,
         debug=debug,
-        preserve_rng_state=preserve_rng_state,
-        use_reentrant=use_reentrant,
-        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
         determinism_check=determinism_check,
+        early_stop=early_stop,
+        preserve_rng_state=preserve_rng_state,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+        use_reentrant=use_reentrant,
     )
     if args or function is not None:
         return _run(function, args, kwargs, **options)
@@ -516,12 +516,12 @@ class Checkpointer:
         self._options: dict[str, Any] = {
             **_validated(
                 context_fn=context_fn,
-                early_stop=early_stop,
                 debug=debug,
-                preserve_rng_state=preserve_rng_state,
-                use_reentrant=use_reentrant,
-                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
                 determinism_check=determinism_check,
+                early_stop=early_stop,
+                preserve_rng_state=preserve_rng_state,
+                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+                use_reentrant=use_reentrant,
             ),
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,

@@ -6,6 +6,7 @@ tests of segments and captures run both ways.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -119,6 +120,22 @@ def test_generators_that_share_a_state(use_reentrant: bool) -> None:
     assert offsets() == before
 
 
+def seen_by_segment(
+    g: torch.Generator, between: Callable[[], object], use_reentrant: bool
+) -> list[bool]:
+    """The flag as the forward and the replay of a segment that draws find it."""
+    seen: list[bool] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        seen.append(keeps_rnn_state(g))
+        return draws(x)
+
+    out = checkpoint(fn, leaf("cuda:0"), use_reentrant=use_reentrant)
+    between()
+    out.sum().backward()
+    return seen
+
+
 @both_forms
 @pytest.mark.parametrize("kept", [False, True])
 def test_whether_an_rnn_draws_a_seed_is_as_in_the_forward(kept: bool, use_reentrant: bool) -> None:
@@ -128,16 +145,8 @@ def test_whether_an_rnn_draws_a_seed_is_as_in_the_forward(kept: bool, use_reentr
     torch.rand(4, device="cuda:0")
     if kept:
         _C.keep_rnn_state(g)
-    seen: list[bool] = []
-
-    def fn(x: torch.Tensor) -> torch.Tensor:
-        seen.append(keeps_rnn_state(g))
-        return draws(x)
-
-    out = checkpoint(fn, leaf("cuda:0"), use_reentrant=use_reentrant)
-    torch.rand(4, device="cuda:0")
-    out.sum().backward()
-    assert seen == [kept, kept]
+    between = functools.partial(torch.rand, 4, device="cuda:0")
+    assert seen_by_segment(g, between, use_reentrant) == [kept, kept]
     assert keeps_rnn_state(g) is kept
     snapshot = rng.capture()
     snapshot.restore()
@@ -152,14 +161,6 @@ def test_a_seed_between_forward_and_backward_stays_one_for_rnns(use_reentrant: b
     g = generator(0).manual_seed(3)
     torch.rand(4, device="cuda:0")
     _C.keep_rnn_state(g)
-    seen: list[bool] = []
-
-    def fn(x: torch.Tensor) -> torch.Tensor:
-        seen.append(keeps_rnn_state(g))
-        return draws(x)
-
-    out = checkpoint(fn, leaf("cuda:0"), use_reentrant=use_reentrant)
-    g.manual_seed(5)
-    out.sum().backward()
-    assert seen == [True, True]
+    between = functools.partial(g.manual_seed, 5)
+    assert seen_by_segment(g, between, use_reentrant) == [True, True]
     assert not keeps_rnn_state(g)

@@ -243,7 +243,8 @@ def _rows(case: Case, tell: _child.Tell, rounds: int, target_s: float) -> list[l
         times.update(interleave(thunks, rounds=rounds, inner=own, after_round=after_round))
         inner.update(own)
     calls = segment_calls()
-    kept = [random_bytes(partial(case.forward, calls[name][True])) for name in NAMES]
+    found = [random_bytes(partial(case.forward, calls[name][True])) for name in NAMES]
+    kept = [*(one.each for one in found), *(one.shared for one in found)]
     rows: list[list[object]] = []
     for operation in OPERATIONS:
         labels = [f"{operation}, {name}" for name in NAMES]
@@ -256,10 +257,5 @@ def _rows(case: Case, tell: _child.Tell, rounds: int, target_s: float) -> list[l
             figures = [scale * getattr(summary, statistic) for summary in summaries]
             ratio: object = figures[1] / figures[0] if figures[0] > 0 else ""
             head = [case.draws, case.arguments, operation, statistic, rounds]
-            rows.append(
-                [
-                    *(*head, *(inner[label] for label in labels), *figures, ratio),
-                    *(*(each for each, _ in kept), *(shared for _, shared in kept)),
-                ]
-            )
+            rows.append([*head, *(inner[label] for label in labels), *figures, ratio, *kept])
     return rows

@@ -27,7 +27,17 @@ from torch import Tensor, nn
 from .. import _C, ledger
 from ..checkpoint import Checkpointer
 from ._command import Command, Options, Report
-from ._common import Screen, Summary, Table, Thunk, calibrate, cores, interleave, torch_threads
+from ._common import (
+    Screen,
+    Summary,
+    Table,
+    Thunk,
+    calibrate,
+    cores,
+    interleave,
+    nothing,
+    torch_threads,
+)
 from ._programs import STATISTICS, matmul_tanh
 
 COLUMNS = ("measurement", "program", "variant", "statistic", "value", "unit")
@@ -159,26 +169,29 @@ def tabulate(title: str, first: str, found: Shares) -> tuple[Table, list[Sequenc
 def bandwidths(screen: Screen, options: Options) -> dict[tuple[str, str], Summary]:
     """By what is done and on how many threads; gigabytes a second, nanoseconds for "64 floats"."""
     large = torch.randn((1 << 16) if options.quick else (1 << 24))
-    target, small = torch.empty_like(large), torch.randn(64)
+    small = torch.randn(64)
     found: dict[tuple[str, str], Summary] = {}
     rounds = min(options.rounds, 15)
+
+    def measure(where: str, values: Tensor, inner: int, finish: Thunk = nothing) -> None:
+        target = torch.empty_like(values)
+        times = interleave(
+            {"fingerprint": lambda: _C.fingerprint(values), "copy_": lambda: target.copy_(values)},
+            rounds=rounds,
+            inner=inner,
+            finish=finish,
+            after_round=lambda: bar.step("large"),
+        )
+        for name, series in times.items():
+            rates = [values.nbytes / taken / 1e9 for taken in series]
+            found[name, where] = Summary(max(rates), statistics.median(rates))
+
     counts = sorted({1, cores()})
     on_device = torch.cuda.is_available() and _C.HAS_CUDA_KERNELS
     with screen.progress("bitwise", rounds * (len(counts) + 1 + on_device)) as bar:
         for threads in counts:
             with torch_threads(threads):
-                times = interleave(
-                    {
-                        "fingerprint": lambda: _C.fingerprint(large),
-                        "copy_": lambda: target.copy_(large),
-                    },
-                    rounds=rounds,
-                    inner=2,
-                    after_round=lambda: bar.step("large"),
-                )
-            for name, series in times.items():
-                rates = [large.nbytes / taken / 1e9 for taken in series]
-                found[name, f"{threads} thread(s)"] = Summary(max(rates), statistics.median(rates))
+                measure(f"{threads} thread(s)", large, inner=2)
         times = interleave(
             {"fingerprint": lambda: _C.fingerprint(small)},
             rounds=rounds,
@@ -188,17 +201,7 @@ def bandwidths(screen: Screen, options: Options) -> dict[tuple[str, str], Summar
         if on_device:
             # Larger than the device's cache: 1 GiB.
             there = torch.randn((1 << 16) if options.quick else (1 << 28), device="cuda")
-            copy = torch.empty_like(there)
-            series_of = interleave(
-                {"fingerprint": lambda: _C.fingerprint(there), "copy_": lambda: copy.copy_(there)},
-                rounds=rounds,
-                inner=20,
-                finish=torch.cuda.synchronize,
-                after_round=lambda: bar.step("CUDA"),
-            )
-            for name, series in series_of.items():
-                rates = [there.nbytes / taken / 1e9 for taken in series]
-                found[name, "CUDA, 1 GiB"] = Summary(max(rates), statistics.median(rates))
+            measure("CUDA, 1 GiB", there, inner=20, finish=torch.cuda.synchronize)
         found["fingerprint", "64 floats"] = Summary.of([t * 1e9 for t in times["fingerprint"]])
     return found
 
