@@ -28,7 +28,7 @@ namespace {
 // gradient as it is. A leaf would do too, but its accumulator brings gradients
 // into the memory layout of the leaf, and whoever sums over them next rounds in
 // another order than the plain program.
-struct GradientSink final : ag::Node {
+struct GradientSink final : ag::Node, Pooled<GradientSink> {
   ag::variable_list apply(ag::variable_list&& grads) override {
     gradient = std::move(grads[0]);
     return {};
@@ -96,7 +96,7 @@ void ReentrantNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) co
                "use_reentrant=False."));
 }
 
-struct ReentrantNode::InnerGraph {
+struct ReentrantNode::InnerGraph final : Pooled<InnerGraph> {
   // One for each input that needs a gradient, and the edges to them.
   std::vector<c10::intrusive_ptr<GradientSink>> sinks;
   ag::edge_list input_edges;
@@ -136,11 +136,11 @@ namespace {
 // graph keeps off `*bytes`, false if that is not enough. Which tensors a node keeps is not known;
 // taken for them is what all nodes have computed.
 bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes) {
-  std::unordered_set<const ag::Node*> seen;
-  std::vector<ag::Node*> open;
+  constexpr size_t kMostNodes = 256;
+  c10::SmallVector<ag::Node*, 64> nodes;  // each once
   const auto add = [&](ag::Node* node) {
-    if (node != nullptr && seen.insert(node).second) {
-      open.push_back(node);
+    if (node != nullptr && std::find(nodes.begin(), nodes.end(), node) == nodes.end()) {
+      nodes.push_back(node);
     }
   };
   for (const auto& output : outputs) {
@@ -148,11 +148,10 @@ bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes)
       add(ag::impl::gradient_edge(output).function.get());
     }
   }
-  while (!open.empty()) {
-    ag::Node& node = *open.back();
-    open.pop_back();
+  for (size_t next = 0; next < nodes.size(); ++next) {
+    ag::Node& node = *nodes[next];
     const bool is_sink = typeid(node) == typeid(GradientSink);
-    if (!compat::runs_no_user_code(node, is_sink)) {
+    if (nodes.size() > kMostNodes || !compat::runs_no_user_code(node, is_sink)) {
       return false;
     }
     if (is_sink || node.next_edges().empty()) {

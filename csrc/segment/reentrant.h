@@ -22,6 +22,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 
@@ -32,11 +33,12 @@
 #include <utility>
 #include <vector>
 
+#include "pool.h"
 #include "segment/segment.h"
 
 namespace reprise {
 
-class ReentrantNode final : public torch::autograd::Node {
+class ReentrantNode final : public torch::autograd::Node, public Pooled<ReentrantNode> {
  public:
   // `inputs` in the order in which the program takes them.
   ReentrantNode(c10::intrusive_ptr<Segment> segment, const std::vector<at::Tensor>& inputs,
@@ -67,8 +69,8 @@ class ReentrantNode final : public torch::autograd::Node {
   // What was replayed ahead for a graph task, if anything was.
   std::unique_ptr<InnerGraph> take_ahead(int64_t graph_task);
 
-  c10::intrusive_ptr<Segment> segment_;  // strong; null once the graph was freed
-  std::vector<bool> needs_grad_;         // by input
+  c10::intrusive_ptr<Segment> segment_;    // strong; null once the graph was freed
+  c10::SmallVector<bool, 16> needs_grad_;  // by input
   // By output, if values are checked; nothing where there are none that could be read.
   std::vector<std::optional<uint64_t>> output_values_;
   // Made before they were asked for, by graph task; several threads may use one graph. Guarded by
