@@ -86,7 +86,7 @@ def leaves_a_draw(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def ran_three_times(function: Callable[..., Any], *args: Any) -> Any:
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         function(*args)
     return checkpoint(function, *args)
 

@@ -219,6 +219,7 @@ def test_ranks_with_fewer_batches_join(use_reentrant: bool) -> None:
     exact(program, replays=(1 + dist.get_rank()) * BLOCKS, use_reentrant=use_reentrant)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it can")
 @on_each_rank
 def test_torch_cannot_step_the_optimizer_during_the_backward_of_ddp_on_the_cpu() -> None:
     with warnings.catch_warnings():
