@@ -136,7 +136,7 @@ namespace {
 // graph keeps off `*bytes`, false if that is not enough. Which tensors a node keeps is not known;
 // taken for them is what all nodes have computed.
 bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes) {
-  constexpr size_t kMostNodes = 256;
+  constexpr size_t kMostNodes = 256;      // each is looked for among all
   c10::SmallVector<ag::Node*, 64> nodes;  // each once
   const auto add = [&](ag::Node* node) {
     if (node != nullptr && std::find(nodes.begin(), nodes.end(), node) == nodes.end()) {
