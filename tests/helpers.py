@@ -32,6 +32,9 @@ Run = Callable[..., Any]
 Program = Callable[[Run], Any]
 
 both_forms = pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
+child_runs_backward = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="autograd's threads for a GPU let no child run a backward"
+)
 
 
 def plain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

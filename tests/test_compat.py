@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import child_runs_backward
 from torch import Tensor, nn
 
 import torch_reprise
@@ -199,9 +200,7 @@ def test_what_selective_checkpointing_saves_goes_through_the_users_hooks() -> No
         assert x.grad is not None and torch.equal(x.grad, expected)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="autograd's threads for a GPU let no child run a backward"
-)
+@child_runs_backward
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_goes_on() -> None:
     assert_exact()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import both_forms
+from helpers import both_forms, child_runs_backward
 from torch import Tensor
 from torch.nn.functional import dropout
 
@@ -191,9 +191,7 @@ def test_functions_that_wait_for_each_other_get_an_error() -> None:
     errors.clear()
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="autograd's threads for a GPU let no child run a backward"
-)
+@child_runs_backward
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_while_another_thread_has_the_turn() -> None:
     has_turn, forked = threading.Event(), threading.Event()

@@ -137,9 +137,10 @@ namespace {
 // taken for them is what all nodes have computed.
 bool is_small_and_plain(const std::vector<at::Tensor>& outputs, uint64_t* bytes) {
   constexpr size_t kMostNodes = 256;      // each is looked for among all
-  c10::SmallVector<ag::Node*, 64> nodes;  // each once
+  c10::SmallVector<ag::Node*, 64> nodes;  // each once; one more than the most: there are too many
   const auto add = [&](ag::Node* node) {
-    if (node != nullptr && std::find(nodes.begin(), nodes.end(), node) == nodes.end()) {
+    if (node != nullptr && nodes.size() <= kMostNodes &&
+        std::find(nodes.begin(), nodes.end(), node) == nodes.end()) {
       nodes.push_back(node);
     }
   };

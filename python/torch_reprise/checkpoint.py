@@ -91,13 +91,14 @@ def _is_noop(context_fn: Any) -> bool:
 
 
 def _validate(
-    use_reentrant: Any,
+    *,
     context_fn: Any,
-    determinism_check: Any,
     debug: Any,
+    determinism_check: Any,
     early_stop: Any,
     preserve_rng_state: Any,
     respect_saved_tensors_hooks: Any,
+    use_reentrant: Any,
 ) -> None:
     """Raises TypeError or ValueError for options that no call can be made with."""
     require_optional_bool("use_reentrant", use_reentrant)
@@ -127,8 +128,12 @@ def _validate(
             )
 
 
-def _validated(**options: Any) -> dict[str, Any]:
-    """The options of a call, after :func:`_validate`."""
+_OPTIONS = tuple(inspect.signature(_validate).parameters)
+
+
+def _validated(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The options among a function's parameters, after :func:`_validate`."""
+    options = {name: parameters[name] for name in _OPTIONS}
     _validate(**options)
     return options
 
@@ -361,15 +366,7 @@ def _checkpoint(
         _warn_use_reentrant("checkpoint", stacklevel=3)
     if preserve_rng_state is False and called_by_compiled_code() and not _C.is_traced():
         preserve_rng_state = True
-    options = _validated(
-        context_fn=context_fn,
-        debug=debug,
-        determinism_check=determinism_check,
-        early_stop=early_stop,
-        preserve_rng_state=preserve_rng_state,
-        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
-        use_reentrant=use_reentrant,
-    )
+    options = _validated(locals())
     if args or function is not None:
         return _run(function, args, kwargs, **options)
     unknown = ", ".join(kwargs)
@@ -514,15 +511,7 @@ class Checkpointer:
         if preserve_host_rng and use_reentrant:
             raise ValueError("preserve_host_rng can only be used with use_reentrant=False")
         self._options: dict[str, Any] = {
-            **_validated(
-                context_fn=context_fn,
-                debug=debug,
-                determinism_check=determinism_check,
-                early_stop=early_stop,
-                preserve_rng_state=preserve_rng_state,
-                respect_saved_tensors_hooks=respect_saved_tensors_hooks,
-                use_reentrant=use_reentrant,
-            ),
+            **_validated(locals()),
             "generators": generators or None,
             "preserve_host_rng": preserve_host_rng,
             "check_rng": check_rng,
