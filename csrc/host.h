@@ -104,7 +104,7 @@ class Host {
   // code, so it is one that `except Exception` does not catch.
   [[noreturn]] virtual void throw_early_stop() = 0;
 
-  // Raises torch_reprise.CheckpointError.
+  // See the function of this name below.
   [[noreturn]] virtual void throw_checkpoint_error(const std::string& message) = 0;
 };
 
@@ -115,6 +115,10 @@ namespace detail {
 extern Host* g_host;
 }
 inline Host& host() noexcept { return *detail::g_host; }
+
+// Raises torch_reprise.CheckpointError. No virtual, so that compilers believe that it does not
+// return, and cold: what builds a message is kept apart from the code that runs.
+[[noreturn, gnu::cold]] void throw_checkpoint_error(const std::string& message);
 
 // Holds the interpreter lock for a scope. See Host::acquire_interpreter.
 class InterpreterHeld {

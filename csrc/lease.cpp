@@ -143,7 +143,7 @@ Lease::Lease(Kind kind, const Keys& keys, const std::function<std::string(size_t
     }
   }
   if (!taken) {
-    host().throw_checkpoint_error(c10::str(
+    throw_checkpoint_error(c10::str(
         "torch_reprise: a replay waited ", wait_limit().count() / 1000.0, " s for ",
         name(contended),
         ", which the replay of another thread has set as it was in its forward and not put "

@@ -89,7 +89,7 @@ void ReentrantNode::release_variables() {
 }
 
 void ReentrantNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const {
-  host().throw_checkpoint_error(
+  throw_checkpoint_error(
       c10::str("torch_reprise: ", segment_ ? segment_->name() : "a function",
                " was checkpointed with use_reentrant=True, and its backward runs under compiled "
                "autograd, which cannot take a backward inside of a backward. Pass "
@@ -114,7 +114,7 @@ ag::variable_list ReentrantNode::apply(ag::variable_list&& grads) {
   const auto segment = this->segment();
   TORCH_CHECK(segment, ag::ERR_BACKWARD_TWICE);
   if (c10::GradMode::is_enabled()) {
-    host().throw_checkpoint_error(
+    throw_checkpoint_error(
         c10::str("torch_reprise: ", segment->name(),
                  " was checkpointed with use_reentrant=True and is now differentiated with "
                  "create_graph=True. The reentrant form has no graph to differentiate again: pass "
@@ -265,10 +265,10 @@ std::unique_ptr<ReentrantNode::InnerGraph> ReentrantNode::replay(Segment& segmen
   timer.reset();
   span.reset();
   if (!rng_differs.empty()) {
-    host().throw_checkpoint_error("torch_reprise: " + rng_differs);
+    throw_checkpoint_error("torch_reprise: " + rng_differs);
   }
   if (inner->outputs.size() != num_inputs()) {
-    host().throw_checkpoint_error(c10::str(
+    throw_checkpoint_error(c10::str(
         "torch_reprise: the replay of ", segment.name(), " returned ", inner->outputs.size(),
         " output tensors where its forward returned ", num_inputs(), "."));
   }
@@ -276,7 +276,7 @@ std::unique_ptr<ReentrantNode::InnerGraph> ReentrantNode::replay(Segment& segmen
     const auto now =
         output_values_[i].has_value() ? fingerprint_or_parts(inner->outputs[i]) : std::nullopt;
     if (now.has_value() && now != output_values_[i]) {
-      host().throw_checkpoint_error(
+      throw_checkpoint_error(
           c10::str("torch_reprise: the replay of ", segment.name(),
                    " computes other values than its forward did (determinism_check=\"bitwise\"): "
                    "output ",
@@ -297,7 +297,7 @@ ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
     any_output_has_history |= outputs[i].requires_grad();
     if (outputs[i].requires_grad() && grads[i].defined()) {
       if (outputs[i].sym_sizes() != grads[i].sym_sizes()) {
-        host().throw_checkpoint_error(
+        throw_checkpoint_error(
             c10::str("torch_reprise: the replay of ", segment.name(),
                      " returned a tensor of shape ", outputs[i].sym_sizes(), " as output ", i,
                      " where its forward returned one of shape ", grads[i].sym_sizes(), "."));
@@ -307,7 +307,7 @@ ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
     }
   }
   if (!any_output_has_history) {
-    host().throw_checkpoint_error(c10::str(
+    throw_checkpoint_error(c10::str(
         "torch_reprise: no output of ", segment.name(),
         " requires grad when it is replayed, though backward asks for its gradient. Everything "
         "it returns is detached or was computed under no_grad; call it without checkpoint."));
@@ -320,7 +320,7 @@ ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
     ag::Engine& engine = ag::Engine::get_default_engine();
     if (compat::graph_task_is_restricted()) {
       if (find_wanted_leaf(roots, inner.input_edges) != nullptr) {
-        host().throw_checkpoint_error(c10::str(
+        throw_checkpoint_error(c10::str(
             "torch_reprise: this backward call (autograd.grad, or backward with inputs=) asks for "
             "the gradient of a tensor that ",
             segment.name(),

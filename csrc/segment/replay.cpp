@@ -5,7 +5,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <sstream>
 #include <utility>
 
@@ -517,8 +516,7 @@ void Replay::fail(Segment& segment, const std::string& message) const {
            "torch_reprise.set_checkpoint_debug_enabled(True) around the forward adds the "
            "operators of both runs to this message.";
   }
-  host().throw_checkpoint_error(out.str());
-  std::abort();  // not reached; the compiler does not believe a virtual's noreturn
+  throw_checkpoint_error(out.str());
 }
 
 }  // namespace reprise
