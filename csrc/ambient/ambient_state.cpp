@@ -6,9 +6,14 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
+#include <vector>
 
 #include "ambient/cast_cache.h"
 #include "host.h"
+#include "interned.h"
+#include "open_member.h"
+#include "per_thread.h"
 #include "rng/rng_snapshot.h"
 #include "rng/stream_capture.h"
 
@@ -76,10 +81,7 @@ AutocastState AutocastState::current() {
   return of(noted);
 }
 
-void AutocastState::apply(const AutocastState& now) const {
-  if (*this == now) {
-    return;
-  }
+void AutocastState::apply_what_differs(const AutocastState& now) const {
   const auto& devices = autocast_devices();
   for (size_t i = 0; i < kAutocastDevices; ++i) {
     const auto bit = 1u << i;
@@ -110,16 +112,50 @@ int64_t infra_modes() {
 
 }  // namespace
 
-AmbientState AmbientState::capture() {
-  AmbientState state;
-  state.note();
-  return state;
+AmbientSettings AmbientSettings::current() {
+  return {TorchFlags::current(), current_accelerator_device(), AutocastState::current()};
 }
 
-void AmbientState::note() {
-  flags_ = TorchFlags::current();
-  device_ = current_accelerator_device();
-  autocast_ = AutocastState::current();
+namespace {
+
+REPRISE_OPEN_MEMBER(FunctionStack, PythonTorchFunctionTLS, stack_,
+                    std::vector<std::shared_ptr<c10::SafePyObject>>)
+REPRISE_OPEN_MEMBER(DispatchStack, TorchDispatchModeTLS, stack_,
+                    std::vector<std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>>)
+
+// What a thread asks before and after every segment, found once: each call into torch is a place
+// of its own in a library of hundreds of megabytes.
+struct OfThread {
+  const PythonTorchFunctionTLS& functions = PythonTorchFunctionTLS::get_state();
+  const TorchDispatchModeTLS& dispatch = TorchDispatchModeTLS::get_state();
+  const AmbientState* last = nullptr;  // that was noted
+
+  // No mode, no context of autocast. Autocast that is on without one counts as entered.
+  bool nothing_is_entered() const {
+    return (functions.*member_of(FunctionStack())).empty() &&
+           (dispatch.*member_of(DispatchStack())).empty() && autocast_nesting() == 0;
+  }
+};
+
+}  // namespace
+
+AmbientState::Ref AmbientState::current() {
+  const auto settings = AmbientSettings::current();
+  auto& of_thread = per_thread<OfThread>();
+  if (settings.autocast.enabled == 0 && of_thread.nothing_is_entered()) {
+    if (of_thread.last == nullptr || !(*of_thread.last == settings)) {
+      of_thread.last = the_one_equal_to<AmbientState>(settings);
+    }
+    return Ref(of_thread.last);
+  }
+  auto* state = new AmbientState(settings);
+  state->is_bare_ = false;
+  Ref owned(state);
+  state->note_what_was_entered();
+  return owned;
+}
+
+void AmbientState::note_what_was_entered() {
   inside_autocast_ = autocast_nesting() > 0;
   if (inside_autocast_) {
     cast_cache_ = mark_of_cast_cache();
@@ -180,10 +216,7 @@ bool default_device_is_set() {
 }  // namespace
 
 std::string AmbientState::settings_diff() const {
-  if (flags_ == nullptr) {
-    return {};
-  }
-  std::string text = flags_->diff(*TorchFlags::current());
+  std::string text = settings_.flags->diff(*TorchFlags::current());
   if (has_default_device_ != default_device_is_set()) {
     text += text.empty() ? "" : "\n";
     text += has_default_device_ ? "a default device was set in the forward, none is now"
@@ -197,121 +230,167 @@ namespace {
 constexpr char kKeyOfSettings = 0;  // its address is what a lease of the settings is of
 
 // Makes no context for it.
-void set_device(std::optional<c10::Device> device) {
-  if (device.has_value()) {
-    const auto* guard = guard_of(device->type());
-    if (guard->getDevice() != *device) {
-      guard->uncheckedSetDevice(*device);
-    }
+void set_device(c10::Device device) {
+  const auto* guard = guard_of(device.type());
+  if (guard->getDevice() != device) {
+    guard->uncheckedSetDevice(device);
   }
 }
 
 }  // namespace
 
-AmbientScope::AmbientScope(const AmbientState& state, bool inside_fn)
-    : active_(state.flags_ != nullptr) {
-  if (!active_) {
+// Where nothing is entered now either, a state is in force if the settings are its own.
+bool AmbientState::is_in_force() const {
+  return is_bare_ && TorchFlags::current() == settings_.flags &&
+         current_accelerator_device() == settings_.device &&
+         settings_.autocast.counterpart() == settings_.autocast &&
+         per_thread<OfThread>().nothing_is_entered();
+}
+
+namespace {
+
+// Says what `look` finds, and whether another replay may have put it in force for itself.
+template <typename Look>
+auto unless_anothers(const Look& look) {
+  constexpr auto kSettings = Lease::Kind::kSettings;
+  const auto changes = Lease::changes(kSettings);
+  const auto found = look();
+  const bool is_anothers = Lease::held_by_others(kSettings) || Lease::changes(kSettings) != changes;
+  return std::pair(found, is_anothers);
+}
+
+}  // namespace
+
+AmbientScope::AmbientScope(const AmbientState* state, bool inside_fn) : state_(state) {
+  if (state == nullptr) {
     return;
   }
+  if (!inside_fn) {
+    const auto [in_force, is_anothers] = unless_anothers([&] { return state->is_in_force(); });
+    if (in_force && !is_anothers) {
+      return;
+    }
+  }
+  change_.emplace();
+  enter(inside_fn);
+}
+
+void AmbientScope::enter(bool inside_fn) {
+  const AmbientState& state = *state_;
+  const AmbientSettings& wanted = state.settings_;
+  Change& change = *change_;
   // First what may throw.
   const bool shares_casts =
       state.cast_cache_.defined() && state.cast_cache_.is_same(mark_of_cast_cache());
   const bool needs_cpu = !state.has_default_device_ && default_device_is_set();
   const auto cpu = needs_cpu ? host().cpu_device_mode() : nullptr;
-  constexpr auto kSettings = Lease::Kind::kSettings;
-  const auto changes = Lease::changes(kSettings);
-  outer_flags_ = TorchFlags::current();
-  if (state.flags_ != outer_flags_ || Lease::held_by_others(kSettings) ||
-      Lease::changes(kSettings) != changes) {
-    settings_.emplace(kSettings, Lease::Keys{&kKeyOfSettings},
-                      [](size_t) { return std::string("the settings of torch"); });
-    outer_flags_ = TorchFlags::current();
+  const auto [flags, is_anothers] = unless_anothers(TorchFlags::current);
+  change.outer.flags = flags;
+  if (wanted.flags != flags || is_anothers) {
+    change.lease.emplace(Lease::Kind::kSettings, Lease::Keys{&kKeyOfSettings},
+                         [](size_t) { return std::string("the settings of torch"); });
+    change.outer.flags = TorchFlags::current();
   }
   if (inside_fn) {
-    set_aside<PythonTorchFunctionTLS>(0, state.function_modes_, own_function_modes_);
-    set_aside<TorchDispatchModeTLS>(infra_modes(), state.dispatch_modes_, own_dispatch_modes_);
+    set_aside<PythonTorchFunctionTLS>(0, state.function_modes_, change.own_function_modes);
+    set_aside<TorchDispatchModeTLS>(infra_modes(), state.dispatch_modes_,
+                                    change.own_dispatch_modes);
   }
   // fn may be the first to use an accelerator.
-  outer_device_ = current_accelerator_device();
-  set_device(state.device_);
-  outer_autocast_ = state.autocast_.counterpart();
-  if (state.flags_ != outer_flags_) {
-    state.flags_->apply(*outer_flags_);
+  change.outer.device = current_accelerator_device();
+  if (wanted.device.has_value()) {
+    set_device(*wanted.device);
+  }
+  change.outer.autocast = wanted.autocast.counterpart();
+  if (wanted.flags != change.outer.flags) {
+    wanted.flags->apply(*change.outer.flags);
   }
   if (needs_cpu) {
     PythonTorchFunctionTLS::push_onto_stack(cpu);
-    ++function_modes_;
+    ++change.function_modes;
   }
-  begin_autocast(state, shares_casts, inside_fn);
+  begin_autocast(shares_casts, inside_fn);
   for (const auto& mode : state.function_modes_) {
     if (!is_active<PythonTorchFunctionTLS>(mode)) {
       PythonTorchFunctionTLS::push_onto_stack(mode);
-      ++function_modes_;
+      ++change.function_modes;
     }
   }
   for (const auto& mode : state.dispatch_modes_) {
     if (!is_active<TorchDispatchModeTLS>(mode)) {
       TorchDispatchModeTLS::push_non_infra_mode_onto_stack(mode);
-      ++dispatch_modes_;
+      ++change.dispatch_modes;
     }
   }
 }
 
 // Note [Cached casts]
-void AmbientScope::begin_autocast(const AmbientState& state, bool shares_casts, bool inside_fn) {
-  outer_nesting_ = autocast_nesting();
+void AmbientScope::begin_autocast(bool shares_casts, bool inside_fn) {
+  Change& change = *change_;
+  change.outer_nesting = autocast_nesting();
   // Threads of a backward inside of a context are in none themselves.
-  int nesting = state.inside_autocast_ ? std::max(outer_nesting_, 1) : 0;
-  auto wanted = state.autocast_;
+  int nesting = state_->inside_autocast_ ? std::max(change.outer_nesting, 1) : 0;
+  auto wanted = state_->settings_.autocast;
   if (!shares_casts) {
     // Autocast may be on without a context.
-    const bool has_casts = outer_nesting_ > 0 || outer_autocast_.enabled != 0;
+    const bool has_casts = change.outer_nesting > 0 || change.outer.autocast.enabled != 0;
     if (has_casts && inside_fn) {
       wanted.cache = false;
-      nesting = std::max(outer_nesting_, 1);
+      nesting = std::max(change.outer_nesting, 1);
     } else {
-      clears_casts_ = has_casts || state.inside_autocast_ || state.autocast_.enabled != 0;
+      change.clears_casts = has_casts || state_->inside_autocast_ || wanted.enabled != 0;
       if (has_casts) {
         empty_cast_cache();
       }
     }
   }
-  nests_ = nesting != outer_nesting_;
-  if (nests_) {
+  change.nests = nesting != change.outer_nesting;
+  if (change.nests) {
     set_autocast_nesting(nesting);
   }
-  wanted.apply(outer_autocast_);
+  wanted.apply(change.outer.autocast);
 }
 
-AmbientScope::~AmbientScope() {
-  if (!active_) {
-    return;
-  }
-  for (; dispatch_modes_ > 0; --dispatch_modes_) {
+void AmbientScope::leave_modes() {
+  Change& change = *change_;
+  for (; change.dispatch_modes > 0; --change.dispatch_modes) {
     TorchDispatchModeTLS::pop_stack();
   }
-  for (; function_modes_ > 0; --function_modes_) {
+  for (; change.function_modes > 0; --change.function_modes) {
     PythonTorchFunctionTLS::pop_stack();
   }
-  while (!own_dispatch_modes_.empty()) {
-    TorchDispatchModeTLS::push_non_infra_mode_onto_stack(own_dispatch_modes_.pop_back_val());
+  while (!change.own_dispatch_modes.empty()) {
+    TorchDispatchModeTLS::push_non_infra_mode_onto_stack(change.own_dispatch_modes.pop_back_val());
   }
-  while (!own_function_modes_.empty()) {
-    PythonTorchFunctionTLS::push_onto_stack(own_function_modes_.pop_back_val());
+  while (!change.own_function_modes.empty()) {
+    PythonTorchFunctionTLS::push_onto_stack(change.own_function_modes.pop_back_val());
   }
-  outer_autocast_.apply(outer_autocast_.counterpart());
-  if (nests_) {
-    set_autocast_nesting(outer_nesting_);
+}
+
+// Where nothing was changed on entry, fn may have changed the settings.
+AmbientScope::~AmbientScope() {
+  if (state_ == nullptr) {
+    return;
   }
-  if (clears_casts_) {
+  const AmbientSettings& outer = change_ ? change_->outer : state_->settings_;
+  if (change_) {
+    leave_modes();
+  }
+  outer.autocast.apply(outer.autocast.counterpart());
+  if (change_ && change_->nests) {
+    set_autocast_nesting(change_->outer_nesting);
+  }
+  if (change_ && change_->clears_casts) {
     empty_cast_cache();
   }
-  set_device(outer_device_);
+  if (outer.device.has_value()) {
+    set_device(*outer.device);
+  }
   const TorchFlags* now = TorchFlags::current();
   // What fn has changed; or another replay, whose turn it is and who will put it back.
-  if (now != outer_flags_ &&
-      (settings_.has_value() || !Lease::held_by_others(Lease::Kind::kSettings))) {
-    outer_flags_->apply(*now);
+  const bool is_our_turn = change_ && change_->lease.has_value();
+  if (now != outer.flags && (is_our_turn || !Lease::held_by_others(Lease::Kind::kSettings))) {
+    outer.flags->apply(*now);
   }
 }
 

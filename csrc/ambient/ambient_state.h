@@ -28,6 +28,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -50,66 +51,101 @@ struct AutocastState {
   // The same, to be compared with `this`: dtypes of the same devices.
   AutocastState counterpart() const { return of(noted); }
   // Sets what differs from `now`, the current state.
-  void apply(const AutocastState& now) const;
-  bool operator==(const AutocastState&) const = default;
+  void apply(const AutocastState& now) const {
+    if (*this != now) {
+      apply_what_differs(now);
+    }
+  }
+  bool operator==(const AutocastState& other) const {
+    return enabled == other.enabled && noted == other.noted && cache == other.cache &&
+           std::memcmp(dtypes.data(), other.dtypes.data(), sizeof(dtypes)) == 0;
+  }
 
  private:
+  void apply_what_differs(const AutocastState& now) const;
   static AutocastState of(uint32_t devices_noted);  // by bits, those that are enabled as well
+};
+
+// What is there whether or not anything was entered.
+struct AmbientSettings {
+  const TorchFlags* flags = nullptr;
+  std::optional<c10::Device> device;
+  AutocastState autocast;
+
+  static AmbientSettings current();
+  bool operator==(const AmbientSettings&) const = default;
 };
 
 class AmbientState {
  public:
-  // Holds nothing: a scope with it changes nothing.
-  AmbientState() = default;
-  static AmbientState capture();
-  // The same, into this one, which holds nothing yet.
-  void note();
+  // Most segments begin where no mode and no autocast is active. Such states are few: equal ones
+  // are one object, which stays for ever. The others belong to whom they are given.
+  struct Release {
+    void operator()(const AmbientState* state) const {
+      if (!state->is_bare_) {
+        delete state;
+      }
+    }
+  };
+  using Ref = std::unique_ptr<const AmbientState, Release>;
+  static Ref current();
 
   // What of the settings that no context manager ends (of the process, default device)
   // is another now, a line each; empty if nothing is.
   std::string settings_diff() const;
+
+  // Without anything that was entered.
+  explicit AmbientState(const AmbientSettings& settings) : settings_(settings) {}
+  bool operator==(const AmbientSettings& settings) const { return settings_ == settings; }
 
  private:
   friend class AmbientScope;
   using FunctionMode = std::shared_ptr<c10::SafePyObject>;
   using DispatchMode = std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>;
 
-  const TorchFlags* flags_ = nullptr;  // null: nothing was noted
-  std::optional<c10::Device> device_;
+  void note_what_was_entered();
+  bool is_in_force() const;
+
+  AmbientSettings settings_;
+  bool is_bare_ = true;  // nothing was entered: what follows is empty
   bool has_default_device_ = false;
   bool inside_autocast_ = false;  // in a context of autocast, be it on or off
   at::Tensor cast_cache_;         // which one that was, see cast_cache.h
-  AutocastState autocast_;
   // Strong references, dropped with the segment; outermost first.
   c10::SmallVector<FunctionMode, 0> function_modes_;
   c10::SmallVector<DispatchMode, 0> dispatch_modes_;
 };
 
-// Puts a state in force for a scope. `inside_fn`: the forward that began in this state is
-// still running, and what it has entered since is set aside.
+// Puts a state in force for a scope. Most find it in force.
 class AmbientScope {
  public:
-  explicit AmbientScope(const AmbientState& state, bool inside_fn = false);
+  // `state`: null for a scope that changes nothing. `inside_fn`: the forward that began in this
+  // state is still running, and what it has entered since is set aside.
+  explicit AmbientScope(const AmbientState* state, bool inside_fn = false);
   ~AmbientScope();
   AmbientScope(const AmbientScope&) = delete;
   AmbientScope& operator=(const AmbientScope&) = delete;
 
  private:
-  bool active_;
-  std::optional<Lease> settings_;  // while they are other ones than around the replay
-  const TorchFlags* outer_flags_ = nullptr;
-  std::optional<c10::Device> outer_device_;
-  AutocastState outer_autocast_;
-  bool clears_casts_ = false;
-  bool nests_ = false;
-  int outer_nesting_ = 0;   // of contexts of autocast
-  int function_modes_ = 0;  // how many were pushed
-  int dispatch_modes_ = 0;
-  // fn's own, innermost first.
-  c10::SmallVector<AmbientState::FunctionMode, 0> own_function_modes_;
-  c10::SmallVector<AmbientState::DispatchMode, 0> own_dispatch_modes_;
+  // What is done where it is not in force.
+  struct Change {
+    std::optional<Lease> lease;  // while the settings of the process are other ones than around it
+    AmbientSettings outer;
+    bool clears_casts = false;
+    bool nests = false;
+    int outer_nesting = 0;   // of contexts of autocast
+    int function_modes = 0;  // how many were pushed
+    int dispatch_modes = 0;
+    // fn's own, innermost first.
+    c10::SmallVector<AmbientState::FunctionMode, 0> own_function_modes;
+    c10::SmallVector<AmbientState::DispatchMode, 0> own_dispatch_modes;
+  };
+  void enter(bool inside_fn);
+  void begin_autocast(bool shares_casts, bool inside_fn);
+  void leave_modes();
 
-  void begin_autocast(const AmbientState& state, bool shares_casts, bool inside_fn);
+  const AmbientState* const state_;
+  std::optional<Change> change_;
 };
 
 }  // namespace reprise

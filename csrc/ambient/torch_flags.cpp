@@ -5,19 +5,16 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
-#include <new>
-#include <set>
 #include <sstream>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "interned.h"
 #include "open_member.h"
 #include "per_thread.h"
 
@@ -252,22 +249,11 @@ TorchFlags TorchFlags::read() {
   return flags;
 }
 
-const TorchFlags* TorchFlags::the_one_equal_to(const TorchFlags& flags) {
-  static std::mutex mutex;
-  static auto& all = *[] {
-    // A thread that held the lock when the process forked is not in the child.
-    pthread_atfork(nullptr, nullptr, [] { new (&mutex) std::mutex; });
-    return new std::set<TorchFlags>;  // never destroyed: segments may outlive static teardown
-  }();
-  std::lock_guard<std::mutex> lock(mutex);
-  return &*all.insert(flags).first;
-}
-
 const TorchFlags* TorchFlags::current() {
   LastSeen& last = per_thread<LastSeen>();
   if (!last.still_so()) {
     last.look();
-    last.flags = the_one_equal_to(read());
+    last.flags = the_one_equal_to<TorchFlags>(read());
   }
   return last.flags;
 }

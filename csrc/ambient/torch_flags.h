@@ -8,7 +8,6 @@
 #pragma once
 
 #include <array>
-#include <compare>
 #include <cstddef>
 #include <string>
 
@@ -22,7 +21,7 @@ class TorchFlags {
 
   // Sets what differs from `now`, the current state.
   void apply(const TorchFlags& now) const;
-  auto operator<=>(const TorchFlags&) const = default;
+  bool operator==(const TorchFlags&) const = default;
 
   // "default dtype was float64 in the forward, is float32 now", a line per setting that
   // differs; empty if none does.
@@ -30,7 +29,6 @@ class TorchFlags {
 
  private:
   static TorchFlags read();
-  static const TorchFlags* the_one_equal_to(const TorchFlags& flags);
 
   static constexpr size_t kBytes = 128;
   std::array<std::byte, kBytes> bytes_{};  // in the order of the table; the rest is 0

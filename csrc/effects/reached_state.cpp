@@ -99,7 +99,7 @@ bool same_bytes(const c10::Storage& a, const c10::StorageImpl& b) {
 
 }  // namespace
 
-void ReachedState::note(const std::vector<Reached>& reached) {
+void ReachedState::note(c10::ArrayRef<Reached> reached) {
   noted_.reserve(reached.size());
   size_t small = 0;  // bytes
   for (const auto& [tensor_pointer, role, checked, training, may_be_large] : reached) {

@@ -37,6 +37,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Storage.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/intrusive_ptr.h>
 
@@ -72,7 +73,7 @@ class ReachedState {
   static constexpr size_t kMostSmall = 4 * 1024 * 1024;
 
   // Before the forward.
-  void note(const std::vector<Reached>& reached);
+  void note(c10::ArrayRef<Reached> reached);
   // After the forward.
   void settle();
 
@@ -114,7 +115,7 @@ class ReachedState {
     bool changed = false;
     bool lost = false;
   };
-  c10::SmallVector<Noted, 0> noted_;
+  c10::SmallVector<Noted, 2> noted_;  // a layer's weight and bias
   c10::SmallVector<Kept, 0> storages_;
   bool settled_ = false;  // until then (a replay during the forward) anything may have changed
   bool changes_ = false;

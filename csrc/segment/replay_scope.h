@@ -78,7 +78,7 @@ class ReplayScope {
       if (where.empty()) {
         continue;
       }
-      host().throw_checkpoint_error(
+      throw_checkpoint_error(
           problem.lost
               ? "torch_reprise: " + segment.name() + " changed " + where +
                     " in place for the first time, so that no copy of what it was before is at "
@@ -101,10 +101,10 @@ class ReplayScope {
                     "give the function a copy.");
     }
     if (segment.options().ambient == AmbientPolicy::kCheck) {
-      if (const std::string diff = segment.ambient().settings_diff(); !diff.empty()) {
-        host().throw_checkpoint_error(
-            "torch_reprise: " + segment.name() +
-            " is replayed under other settings than its forward ran under:\n" + diff);
+      if (const std::string diff = segment.ambient()->settings_diff(); !diff.empty()) {
+        throw_checkpoint_error("torch_reprise: " + segment.name() +
+                               " is replayed under other settings than its forward ran under:\n" +
+                               diff);
       }
     }
     return segment;
@@ -115,10 +115,9 @@ class ReplayScope {
       const auto& options = segment.options();
       return RngScope(stash, options.preserve_rng_state, options.check_rng);
     } catch (const OutOfReach& error) {
-      host().throw_checkpoint_error("torch_reprise: the replay of " + segment.name() +
-                                    " cannot draw the random numbers of its forward again.\n  " +
-                                    error.what());
-      throw;  // not reached; the compiler does not believe a virtual's noreturn
+      throw_checkpoint_error("torch_reprise: the replay of " + segment.name() +
+                             " cannot draw the random numbers of its forward again.\n  " +
+                             error.what());
     }
   }
 

@@ -42,7 +42,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
                                            const std::vector<at::Tensor>& inputs,
                                            SegmentOptions options, int depth,
                                            RngSnapshot::Generators generators,
-                                           const std::vector<Reached>& reached) {
+                                           c10::ArrayRef<Reached> reached) {
   auto segment = c10::intrusive_ptr<Segment>::make();
   segment->forward_thread_ = std::this_thread::get_id();
   segment->first_node_ = at::sequence_number::peek();
@@ -109,7 +109,7 @@ c10::intrusive_ptr<Segment> Segment::begin(std::unique_ptr<Program> program,
   }
   segment->checks_versions_ = options.check_versions && !compat::user_hooks_in_force();
   if (options.ambient != AmbientPolicy::kIgnore) {
-    segment->ambient_.note();
+    segment->ambient_ = AmbientState::current();
   }
   if (options.preserve_rng_state) {
     segment->stash_ = RngStash(RngSnapshot::glance(generators));
@@ -168,7 +168,7 @@ void Segment::drop() noexcept {
   reached_ = ReachedState();
   const InterpreterHeld held;  // once for all objects that are let go
   inputs_.clear();
-  ambient_ = AmbientState();
+  ambient_.reset();
   program_.reset();
 }
 
@@ -190,7 +190,7 @@ void Segment::end_forward(const at::Tensor* output) {
     needed = RngStash::needed_by_a_replay(stash_.begin(), devices_);
     const auto unknown = needed.add_newcomers(stash_.begin());
     if (!unknown.empty()) {
-      host().throw_checkpoint_error(
+      throw_checkpoint_error(
           c10::str("torch_reprise: ", name(), " is the first to use the device ", unknown.front(),
                    ", whose generator has a state of its own kind, so that what it was before "
                    "cannot be told. Use the device once before the checkpoint (any tensor on it "
@@ -449,7 +449,7 @@ at::Tensor Segment::replay_and_unpack(const compat::ReplayKey& key, uint32_t ind
     if (replay && replay->running) {
       if (replay->runner == std::this_thread::get_id()) {
         lock.unlock();
-        host().throw_checkpoint_error(
+        throw_checkpoint_error(
             c10::str("torch_reprise: the replay of ", name(),
                      " asked for one of the tensors that it is there to recompute. "
                      "The function reads saved tensors of its own outer graph; keep what it "
@@ -573,7 +573,7 @@ void Segment::check_version(std::unique_lock<std::mutex>& lock, uint32_t index) 
   const auto then = slot.saved_version;
   lock.unlock();
   const std::string node = compat::current_node_name();
-  host().throw_checkpoint_error(c10::str(
+  throw_checkpoint_error(c10::str(
       "torch_reprise: a tensor that backward needs was modified by an inplace operation after it "
       "was saved in ",
       name(), ": position ", index, ", ", meta.describe(), ", saved at ", host().describe(where),
@@ -705,7 +705,7 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
   for (size_t i = 0; i < inputs_.size(); ++i) {
     const Input& input = inputs_[i];
     if (input.changed_inside) {
-      host().throw_checkpoint_error(c10::str(
+      throw_checkpoint_error(c10::str(
           "torch_reprise: ", name(), " changed ", program_->input_name(i),
           " in place: what backward needs was modified by an inplace operation, and the function "
           "cannot be called again with the value that it was given. Change a copy inside of it."));
@@ -720,7 +720,7 @@ std::vector<at::Tensor> Segment::unpack_inputs() const {
     }
     if (checks_versions_ && input.version.enabled() &&
         input.version.current_version() != input.saved_version) {
-      host().throw_checkpoint_error(
+      throw_checkpoint_error(
           c10::str("torch_reprise: ", program_->input_name(i), " of ", name(),
                    " was modified by an inplace operation after the forward: it was at version ",
                    input.saved_version, " and is at version ", input.version.current_version(),

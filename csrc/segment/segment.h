@@ -127,7 +127,7 @@ class Segment final : public Recorder, public Pooled<Segment> {
                                            const std::vector<at::Tensor>& inputs,
                                            SegmentOptions options, int depth,
                                            RngSnapshot::Generators generators = {},
-                                           const std::vector<Reached>& reached = {});
+                                           c10::ArrayRef<Reached> reached = {});
   ~Segment() override;
 
   // Is this thread saving the inputs of a segment that begins? What follows is no operator.
@@ -161,7 +161,8 @@ class Segment final : public Recorder, public Pooled<Segment> {
   bool may_be_ahead() const;
   Program& program() { return *program_; }
   const RngStash& stash() const { return stash_; }
-  const AmbientState& ambient() const { return ambient_; }
+  // Null where it is ignored.
+  const AmbientState* ambient() const { return ambient_.get(); }
   const ReachedState& reached() const { return reached_; }
   const SegmentOptions& options() const { return options_; }
   const std::shared_ptr<LedgerRow>& row() const { return watched().row; }
@@ -234,7 +235,7 @@ class Segment final : public Recorder, public Pooled<Segment> {
   // Set in begin(), read-only after.
   std::unique_ptr<Program> program_;  // strong
   SegmentOptions options_;
-  AmbientState ambient_;
+  AmbientState::Ref ambient_;
   int depth_ = 0;
   // Begun inside of a replay: the same segment as one of the forward, and not
   // counted a second time.

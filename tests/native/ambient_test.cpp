@@ -16,13 +16,13 @@ TEST(autocast_is_restored_and_put_back) {
   autocast::set_autocast_enabled(at::kCPU, true);
   autocast::set_autocast_dtype(at::kCPU, at::kHalf);
   autocast::set_autocast_cache_enabled(false);
-  const auto inside = AmbientState::capture();
+  const auto inside = AmbientState::current();
   autocast::set_autocast_enabled(at::kCPU, false);
   autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
   autocast::set_autocast_cache_enabled(true);
   const auto outer = AutocastState::current();
   {
-    const AmbientScope scope(inside);
+    const AmbientScope scope(inside.get());
     EXPECT(autocast::is_autocast_enabled(at::kCPU));
     EXPECT(autocast::get_autocast_dtype(at::kCPU) == at::kHalf);
     EXPECT(!autocast::is_autocast_cache_enabled());
@@ -33,11 +33,11 @@ TEST(autocast_is_restored_and_put_back) {
 
 TEST(autocast_that_is_on_now_is_off_in_a_scope_that_had_none) {
   TestHost::install();
-  const auto inside = AmbientState::capture();
+  const auto inside = AmbientState::current();
   autocast::set_autocast_enabled(at::kCPU, true);
   const auto outer = AutocastState::current();
   {
-    const AmbientScope scope(inside);
+    const AmbientScope scope(inside.get());
     EXPECT(!autocast::is_autocast_enabled(at::kCPU));
     EXPECT(at::matmul(at::ones({2, 2}), at::ones({2, 2})).scalar_type() == at::kFloat);
   }
@@ -48,12 +48,12 @@ TEST(autocast_that_is_on_now_is_off_in_a_scope_that_had_none) {
 TEST(casts_that_a_scope_cached_do_not_outlive_it) {
   TestHost::install();
   autocast::set_autocast_enabled(at::kCPU, true);
-  const auto inside = AmbientState::capture();
+  const auto inside = AmbientState::current();
   autocast::set_autocast_enabled(at::kCPU, false);
   auto weight = at::ones({2, 2}).set_requires_grad(true);
   const auto held = weight.use_count();
   {
-    const AmbientScope scope(inside);
+    const AmbientScope scope(inside.get());
     at::matmul(weight, weight);
     EXPECT(weight.use_count() > held);  // the cache keeps the weight it cast
   }
@@ -82,12 +82,12 @@ TEST(a_scope_in_the_context_of_its_forward_keeps_its_casts) {
   TestHost::install();
   autocast::increment_nesting();
   autocast::set_autocast_enabled(at::kCPU, true);
-  const auto inside = AmbientState::capture();
+  const auto inside = AmbientState::current();
   auto weight = at::ones({2, 2}).set_requires_grad(true);
   at::matmul(weight, weight);
   const auto cached = weight.use_count();
   {
-    const AmbientScope scope(inside);
+    const AmbientScope scope(inside.get());
   }
   EXPECT_EQ(weight.use_count(), cached);
   autocast::set_autocast_enabled(at::kCPU, false);
@@ -100,7 +100,7 @@ TEST(a_scope_in_the_context_of_its_forward_keeps_its_casts) {
   at::matmul(weight, weight);
   EXPECT(weight.use_count() > held);
   {
-    const AmbientScope scope(inside);
+    const AmbientScope scope(inside.get());
     EXPECT_EQ(weight.use_count(), held);
     at::matmul(weight, weight);
     EXPECT(weight.use_count() > held);
