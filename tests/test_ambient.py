@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from torch_reprise import Checkpointer, CheckpointError, checkpoint, ledger
+from torch_reprise import Checkpointer, CheckpointError, checkpoint, is_recomputing, ledger
 
 
 def cudnn_flag(name: str, value: Any) -> Any:
@@ -364,6 +365,46 @@ def test_segments_keep_the_variables_they_began_under_and_no_longer_than_they_li
     del first, second, value, out, token
     gc.collect()
     assert known() is None
+
+
+def test_a_thread_has_the_variables_for_the_replay_alone() -> None:
+    seen: list[float] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(VARIABLE.get())
+        VARIABLE.set(VARIABLE.get() + 1)
+        return torch.tanh(x)
+
+    def forward() -> Tensor:
+        VARIABLE.set(3.0)
+        return checkpoint(function, leaf(4), use_reentrant=False)
+
+    out = contextvars.copy_context().run(forward)
+
+    def backward() -> None:
+        out.sum().backward()
+        seen.append(VARIABLE.get())
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert seen == [3.0, 3.0, 1.0]
+    assert VARIABLE.get() == 1.0
+
+
+def test_an_error_in_a_replay_leaves_the_variables_as_they_were() -> None:
+    def function(x: Tensor) -> Tensor:
+        if is_recomputing():
+            VARIABLE.set(5.0)
+            raise KeyError("in the replay")
+        return torch.tanh(x)
+
+    out = checkpoint(function, leaf(4), use_reentrant=False)
+    token = VARIABLE.set(2.0)
+    with pytest.raises(KeyError, match="in the replay"):
+        out.sum().backward()
+    assert VARIABLE.get() == 2.0
+    VARIABLE.reset(token)
 
 
 # Casts that autocast has cached, by dtype and around a backward.

@@ -201,6 +201,35 @@ def test_modules_that_share_a_part_count_it_once() -> None:
     assert_exact(program, replays=3)
 
 
+FIRST, SECOND = generator(20), generator(21)
+
+
+@both_forms
+@pytest.mark.parametrize("kind", [lambda call: call, staticmethod], ids=["method", "static"])
+def test_a_class_whose_call_is_replaced_is_looked_at_anew(
+    kind: Callable[[Any], Any], use_reentrant: bool
+) -> None:
+    def program(run: Run) -> Any:
+        class Drawing:
+            def __call__(self, x: Tensor) -> Tensor:
+                return x.sin() * torch.rand(4, generator=FIRST)
+
+        def other(*args: Tensor) -> Tensor:
+            return args[-1].sin() * torch.rand(4, generator=SECOND)
+
+        FIRST.manual_seed(22)
+        SECOND.manual_seed(23)
+        drawing, x, outs = Drawing(), leaf(4), []
+        for call in (Drawing.__call__, kind(other), Drawing.__call__):
+            Drawing.__call__ = call  # type: ignore[method-assign]
+            for _ in range(3):
+                outs.append(run(drawing, x))
+                outs[-1].sum().backward()
+        return outs, grads([x]), FIRST.get_state(), SECOND.get_state()
+
+    assert_exact(program, replays=9, use_reentrant=use_reentrant)
+
+
 def test_a_changed_parameter_is_named_after_many_calls() -> None:
     module, x = Everything(), leaf(3, 4)
     for _ in range(3):

@@ -110,14 +110,26 @@ int reprise_handles_pending_calls_after(const void* instruction) {
   }
 }
 
-const void* reprise_context_variables(void) {
+PyObject* reprise_context_variables(void) {
   PyObject* context = PyThreadState_Get()->context;
-  return context == NULL ? NULL : ((const PyContext*)context)->ctx_vars;
+  return context == NULL ? NULL : (PyObject*)((const PyContext*)context)->ctx_vars;
+}
+
+void reprise_set_context_variables(PyObject* variables) {
+  PyThreadState* thread = PyThreadState_Get();
+  PyContext* context = (PyContext*)thread->context;
+  PyHamtObject* old = context->ctx_vars;
+  Py_INCREF(variables);
+  context->ctx_vars = (PyHamtObject*)variables;
+  ++thread->context_ver; /* a variable's last value is kept by this number */
+  Py_DECREF(old);
 }
 
 #else
 
-const void* reprise_context_variables(void) { return NULL; }
+PyObject* reprise_context_variables(void) { return NULL; }
+
+void reprise_set_context_variables(PyObject* variables) { (void)variables; }
 
 const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* instruction) {
   (void)frame;

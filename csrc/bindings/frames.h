@@ -25,10 +25,13 @@ const void* reprise_current_frame(const void** instruction);
    calls before it does anything else, and this is the thread that handles them. */
 int reprise_handles_pending_calls_after(const void* instruction);
 
-/* The variables of the current context of contextvars: an immutable mapping, borrowed, that is
-   another object after each change. Null if they cannot be read or nobody looked at them yet.
-   With the interpreter lock. */
-const void* reprise_context_variables(void);
+/* The variables of the thread's current context of contextvars: an immutable mapping, borrowed,
+   that is another object after each change. Null if there is no context yet, or they cannot be
+   read. With the interpreter lock. */
+PyObject* reprise_context_variables(void);
+
+/* Gives the thread's current context, which there must be, these variables. With the lock. */
+void reprise_set_context_variables(PyObject* variables);
 
 #ifdef __cplusplus
 }

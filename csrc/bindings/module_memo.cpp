@@ -4,6 +4,19 @@
 #include <unordered_map>
 
 namespace reprise::bindings {
+
+uint64_t dict_version(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // in 3.12, which still keeps it
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  (void)dict;
+  return 0;
+#endif
+}
+
 namespace {
 
 // Programs have hundreds of checkpointed modules at most; others come and go.
@@ -17,13 +30,8 @@ constexpr size_t kMostMemos = 4096;
 #if PY_VERSION_HEX < 0x030D0000
 
 bool has_versions() { return true; }
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // in 3.12, which still keeps it
-uint64_t version_of(PyObject* dict) {
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-}
-#pragma GCC diagnostic pop
-uint64_t watched_version(PyObject* dict) { return version_of(dict); }
+uint64_t version_of(PyObject* dict) { return dict_version(dict); }
+uint64_t watched_version(PyObject* dict) { return dict_version(dict); }
 
 #elif PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
 

@@ -24,6 +24,10 @@
 
 namespace reprise::bindings {
 
+// Another number after every change of a dict, where CPython itself keeps one (up to 3.12); 0
+// elsewhere.
+uint64_t dict_version(PyObject* dict);
+
 class ModuleMemo {
  public:
   ModuleMemo() = default;
@@ -48,7 +52,14 @@ class ModuleMemo {
   void watch(PyObject* owner, PyObject* dict);
   // Not `found`: it would be if it did not require grad.
   void add_tensor(PyObject* tensor, const Reached& reached, bool requires_grad, bool found);
-  void add_module(PyObject* module, bool training) { modules_.emplace_back(module, training); }
+  struct Module {
+    PyObject* module;
+    bool training;
+    uint64_t version;  // of its dict, see dict_version()
+  };
+  void add_module(PyObject* module, PyObject* dict, bool training) {
+    modules_.push_back({module, training, dict_version(dict)});
+  }
   struct Buffer {
     PyObject* dict;
     PyObject* name;
@@ -72,6 +83,7 @@ class ModuleMemo {
   bool still_holds(How how);
   // Is it worth while to write down what a search finds?
   bool is_of_use() const { return misses_ < kMostMisses; }
+  size_t most_tensors() const { return tensors_.size(); }
   template <typename Visit>
   void visit_tensors(const Visit& visit) const {
     for (const auto& tensor : tensors_) {
@@ -82,7 +94,7 @@ class ModuleMemo {
       }
     }
   }
-  const std::vector<std::pair<PyObject*, bool>>& modules() const { return modules_; }
+  const std::vector<Module>& modules() const { return modules_; }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   const std::vector<PyObject*>& generators() const { return generators_; }
   const std::vector<Unversioned>& unversioned() const { return unversioned_; }
@@ -112,7 +124,7 @@ class ModuleMemo {
   int misses_ = 0;
   std::vector<Watched> watched_;
   std::vector<Tensor> tensors_;
-  std::vector<std::pair<PyObject*, bool>> modules_;
+  std::vector<Module> modules_;
   std::vector<Buffer> buffers_;
   std::vector<PyObject*> generators_;
   std::vector<Unversioned> unversioned_;

@@ -4,6 +4,7 @@
 
 #include <Python.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <utility>
 
@@ -53,6 +54,21 @@ class Ref {
 // says of its class (weakref.proxy, mocks).
 inline bool is_tensor(PyObject* object) noexcept {
   return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
+// The value of an interned name in a dict, borrowed; null without a new error if there is none.
+// PyDict_GetItem sets the error that may be set aside for its look-up, which takes as long again.
+inline PyObject* entry_of(PyObject* dict, PyObject* name) noexcept {
+#if PY_VERSION_HEX < 0x030E0000
+  if (PyErr_Occurred() == nullptr) [[likely]] {
+    PyObject* entry = _PyDict_GetItem_KnownHash(dict, name, PyObject_Hash(name));
+    if (entry == nullptr) {
+      PyErr_Clear();  // from a key that is no string, compared with the name
+    }
+    return entry;
+  }
+#endif
+  return PyDict_GetItem(dict, name);
 }
 
 // Drops the error that is set, if there is one. Ctrl-C is not lost: it comes again.

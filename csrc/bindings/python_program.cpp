@@ -2,7 +2,8 @@
 
 #include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
-#include "bindings/frames.h"
+#include "bindings/module_memo.h"
+#include "lease.h"
 
 namespace reprise::bindings {
 
@@ -84,33 +85,6 @@ void clear_early_stop() {
   }
 }
 
-// Segments that begin under the same variables share a copy of them. All guarded by the
-// interpreter lock; null while no program has the copy, for it keeps what the variables hold.
-PyObject* g_shared_copy = nullptr;
-const void* g_shared_variables = nullptr;
-size_t g_holders = 0;  // programs that have it
-
-Ref copy_of_context() {
-  const void* variables = reprise_context_variables();
-  if (variables != nullptr && variables == g_shared_variables) {
-    ++g_holders;
-    return Ref::borrow(g_shared_copy);
-  }
-  Ref copy = checked(PyContext_CopyCurrent());
-  g_shared_copy = copy.get();
-  g_shared_variables = variables;
-  g_holders = 1;
-  return copy;
-}
-
-void drop_copy(Ref&& copy) {
-  if (copy && copy.get() == g_shared_copy && --g_holders == 0) {
-    g_shared_copy = nullptr;
-    g_shared_variables = nullptr;
-  }
-  copy = Ref();
-}
-
 }  // namespace
 
 PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs,
@@ -133,11 +107,11 @@ PythonProgram::~PythonProgram() {
     (void)kwargs_.release();
     new Ref(std::move(replay_context_));
     new Ref(std::move(debug_session_));
-    new std::vector<Reach::Module>(std::move(modules_));
+    new Reach::Modules(std::move(modules_));
     new std::vector<Reach::Buffer>(std::move(buffers_));
     new std::vector<Binding>(std::move(bindings_));
     new ArgumentObjects(std::move(argument_objects_));
-    new Ref(std::move(context_variables_));
+    new ContextVariables(std::move(context_variables_));
     return;
   }
   WithInterpreter lock;
@@ -152,7 +126,7 @@ PythonProgram::~PythonProgram() {
   buffers_.clear();
   bindings_.clear();
   argument_objects_ = ArgumentObjects();
-  drop_copy(std::move(context_variables_));
+  context_variables_ = ContextVariables();
 }
 
 void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
@@ -164,7 +138,7 @@ void PythonProgram::hold(Reach& reach, const std::vector<PyObject*>& objects,
   buffers_ = std::move(reach.buffers);
   argument_objects_.note(objects);
   if (context_variables) {
-    context_variables_ = copy_of_context();
+    context_variables_ = ContextVariables::current();
   }
 }
 
@@ -186,8 +160,8 @@ namespace {
 // Modules are in training or evaluation as in the forward, for a scope.
 class TrainingScope {
  public:
-  explicit TrainingScope(const std::vector<Reach::Module>& modules) {
-    visit_modes(modules, [this](PyObject* owner, PyObject* now, bool training) {
+  explicit TrainingScope(const Reach::Modules& modules) {
+    visit_modes(modules, false, [this](PyObject* owner, PyObject* now, bool training) {
       if ((now != Py_False) != training) {
         flipped_.push_back({Ref::borrow(owner), Ref::borrow(now)});
         set(owner, training ? Py_True : Py_False);
@@ -196,8 +170,8 @@ class TrainingScope {
   }
   // Appends what a scope changes: the address of each owner. `all`: another replay may have
   // changed a mode for a while, so that what is there now does not tell.
-  static void add_to(Lease::Keys& keys, const std::vector<Reach::Module>& modules, bool all) {
-    visit_modes(modules, [&](PyObject* owner, PyObject* now, bool training) {
+  static void add_to(Lease::Keys& keys, const Reach::Modules& modules, bool all) {
+    visit_modes(modules, all, [&](PyObject* owner, PyObject* now, bool training) {
       if (all || (now != Py_False) != training) {
         keys.push_back(owner);
       }
@@ -227,12 +201,17 @@ class TrainingScope {
       PyErr_Clear();
     }
   }
-  // Whose modes they are, a module's dict or a TorchScript module, with what is there and what was.
+  // Whose modes they are, a module's dict or a TorchScript module, with what is there and what
+  // was. Without those whose dict is as it was, unless `all`.
   template <typename Visit>
-  static void visit_modes(const std::vector<Reach::Module>& modules, const Visit& visit) {
-    for (const auto& [module, training] : modules) {
+  static void visit_modes(const Reach::Modules& modules, bool all, const Visit& visit) {
+    for (const auto& [module, training, version] : modules) {
       PyObject** dict = _PyObject_GetDictPtr(module.get());
-      PyObject* now = dict != nullptr && *dict != nullptr ? PyDict_GetItem(*dict, name()) : nullptr;
+      if (!all && version != 0 && dict != nullptr && *dict != nullptr &&
+          dict_version(*dict) == version) {
+        continue;
+      }
+      PyObject* now = dict != nullptr && *dict != nullptr ? entry_of(*dict, name()) : nullptr;
       if (now != nullptr) {
         visit(*dict, now, training);
       } else if (const Ref mode = Ref::steal(PyObject_GetAttr(module.get(), name()))) {
@@ -289,66 +268,54 @@ class BindingsScope {
   std::vector<Binding> outer_;  // what they stood for before
 };
 
-// The variables of contextvars as in the forward, for a scope; changes end with it.
-class ContextVariablesScope {
+// Objects with the attributes, names and modes of the forward, for a scope. Most replays find all
+// of them as they were, and look at each once. Replays that change those of one object take turns.
+class ObjectsScope {
  public:
-  explicit ContextVariablesScope(PyObject* variables) {
-    if (variables != nullptr) {
-      context_ = checked(PyContext_Copy(variables));
-      if (PyContext_Enter(context_.get()) != 0) {
-        throw_python_error();
+  ObjectsScope(const Reach::Modules& modules, const std::vector<Reach::Buffer>& buffers,
+               const std::vector<Binding>& bindings, const ArgumentObjects& argument_objects) {
+    Lease::Keys keys;
+    const bool others_hold = Lease::held_by_others(Lease::Kind::kObject);
+    TrainingScope::add_to(keys, modules, others_hold);
+    for (const auto& buffer : buffers) {
+      if (others_hold || buffer.is_stand_in || !buffer.holds()) {
+        keys.push_back(buffer.scope.get());
       }
     }
-  }
-  ~ContextVariablesScope() {
-    if (context_) {
-      const ErrorSetAside outer_error;
-      PyContext_Exit(context_.get());
+    for (const auto& binding : bindings) {
+      if (others_hold || !binding.holds()) {
+        keys.push_back(binding.scope.get());
+      }
     }
+    argument_objects.add_to(keys);
+    if (keys.empty()) {
+      return;
+    }
+    lease_.emplace(Lease::Kind::kObject, keys, [](size_t) {
+      return std::string("an object whose attributes its function changes");
+    });
+    training_.emplace(modules);
+    bindings_.emplace(buffers, bindings);
+    argument_objects_.emplace(argument_objects);
   }
-  ContextVariablesScope(const ContextVariablesScope&) = delete;
-  ContextVariablesScope& operator=(const ContextVariablesScope&) = delete;
 
  private:
-  Ref context_;
+  // In the order in which they are put in force.
+  std::optional<Lease> lease_;
+  std::optional<TrainingScope> training_;
+  std::optional<BindingsScope> bindings_;
+  std::optional<ArgumentObjectsScope> argument_objects_;
 };
 
 }  // namespace
-
-// Replays that change the attributes of one object take turns.
-std::optional<Lease> PythonProgram::take_objects() const {
-  Lease::Keys keys;
-  const bool others_hold = Lease::held_by_others(Lease::Kind::kObject);
-  TrainingScope::add_to(keys, modules_, others_hold);
-  for (const auto& buffer : buffers_) {
-    if (others_hold || buffer.is_stand_in || !buffer.holds()) {
-      keys.push_back(buffer.scope.get());
-    }
-  }
-  for (const auto& binding : bindings_) {
-    if (others_hold || !binding.holds()) {
-      keys.push_back(binding.scope.get());
-    }
-  }
-  argument_objects_.add_to(keys);
-  if (keys.empty()) {
-    return std::nullopt;
-  }
-  return std::make_optional<Lease>(Lease::Kind::kObject, keys, [](size_t) {
-    return std::string("an object whose attributes its function changes");
-  });
-}
 
 Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   size_t next = 0;
   Ref args = args_->build(inputs, &next);
   Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
   inputs.clear();
-  const std::optional<Lease> lease = take_objects();
-  const TrainingScope training(modules_);
-  const BindingsScope bindings(buffers_, bindings_);
-  const ArgumentObjectsScope objects(argument_objects_);
-  const ContextVariablesScope variables(context_variables_.get());
+  const ObjectsScope objects(modules_, buffers_, bindings_, argument_objects_);
+  const ContextVariablesScope variables(context_variables_);
   const DynamoPaused paused;
   return call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(),
                          suppressed);

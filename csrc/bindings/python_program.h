@@ -11,9 +11,9 @@
 
 #include "bindings/argument_objects.h"
 #include "bindings/arguments.h"
+#include "bindings/context_variables.h"
 #include "bindings/python_object.h"
 #include "bindings/reach.h"
-#include "lease.h"
 #include "pool.h"
 #include "segment/segment.h"
 
@@ -54,7 +54,6 @@ class PythonProgram final : public Program, public Pooled<PythonProgram> {
   // One call of the function with `inputs`, which are dropped before it begins:
   // what fn frees early must be freed. Null with the error set, or suppressed.
   Ref call(std::vector<at::Tensor>&& inputs, bool* suppressed);
-  std::optional<Lease> take_objects() const;
 
   // Strong references, given back under the interpreter lock.
   Ref function_;
@@ -62,11 +61,11 @@ class PythonProgram final : public Program, public Pooled<PythonProgram> {
   std::unique_ptr<Structure> kwargs_;  // null when there are none
   Ref replay_context_;
   Ref debug_session_;
-  std::vector<Reach::Module> modules_;
+  Reach::Modules modules_;
   std::vector<Reach::Buffer> buffers_;  // after the forward: stand-ins are also those it replaced
   std::vector<Binding> bindings_;       // after the forward: those that it left alone
   ArgumentObjects argument_objects_;
-  Ref context_variables_;  // a contextvars.Context, never entered itself
+  ContextVariables context_variables_;
 };
 
 // Calls `function` inside `context` (null: none), as a with statement would.

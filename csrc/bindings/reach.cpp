@@ -37,44 +37,6 @@ PyTypeObject* script_module_type() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
-// kScript: TorchScript's modules keep their attributes where no dict shows them.
-enum class Kind : uint8_t { kOther, kGenerator, kTensor, kModule, kScript };
-
-// Looking through the bases of every attribute's type would be most of the cost of a
-// search, so what was found is kept by type and version, which CPython changes with the
-// type's bases and does not use twice. Guarded by the interpreter lock.
-Kind kind_of(PyTypeObject* type) noexcept {
-  struct Line {
-    PyTypeObject* type = nullptr;
-    unsigned int version = 0;
-    Kind kind = Kind::kOther;
-  };
-  static std::array<Line, 512> lines;
-  const auto find_out = [type] {
-    if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPGeneratorClass)) != 0) {
-      return Kind::kGenerator;
-    }
-    if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) {
-      return Kind::kTensor;
-    }
-    if (PyType_IsSubtype(type, module_type()) == 0) {
-      return Kind::kOther;
-    }
-    return PyType_IsSubtype(type, script_module_type()) != 0 ? Kind::kScript : Kind::kModule;
-  };
-  const unsigned int version = type->tp_version_tag;
-  if (version == 0) {
-    return find_out();
-  }
-  Line& line = lines[(reinterpret_cast<uintptr_t>(type) >> 4) % lines.size()];
-  if (line.type != type || line.version != version) {
-    line = {type, version, find_out()};
-  }
-  return line.kind;
-}
-
-Kind kind_of(PyObject* object) noexcept { return kind_of(Py_TYPE(object)); }
-
 // Names that attributes are compared with: interned, as names in code are.
 struct Names {
   static const Names& get() {
@@ -90,7 +52,81 @@ struct Names {
   PyObject* max_norm = PyUnicode_InternFromString("max_norm");
   PyObject* running_mean = PyUnicode_InternFromString("running_mean");
   PyObject* running_var = PyUnicode_InternFromString("running_var");
+  PyObject* forward = PyUnicode_InternFromString("forward");
+  PyObject* call = PyUnicode_InternFromString("__call__");
 };
+
+// kScript: TorchScript's modules keep their attributes where no dict shows them.
+enum class Kind : uint8_t { kOther, kGenerator, kTensor, kModule, kScript };
+
+Kind find_kind(PyTypeObject* type) noexcept {
+  if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPGeneratorClass)) != 0) {
+    return Kind::kGenerator;
+  }
+  if (PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) {
+    return Kind::kTensor;
+  }
+  if (PyType_IsSubtype(type, module_type()) == 0) {
+    return Kind::kOther;
+  }
+  return PyType_IsSubtype(type, script_module_type()) != 0 ? Kind::kScript : Kind::kModule;
+}
+
+// The function that a call of an object of this type leads to, borrowed; null if that is not to
+// be seen. A module's __call__ is torch's own.
+PyObject* find_body(PyTypeObject* type) noexcept {
+  for (PyObject* name : {Names::get().forward, Names::get().call}) {
+    PyObject* method = _PyType_Lookup(type, name);
+    if (method != nullptr && Py_IS_TYPE(method, &PyStaticMethod_Type)) {
+      // Held by the static method.
+      method = Ref::steal(PyStaticMethod_Type.tp_descr_get(method, nullptr, nullptr)).get();
+    }
+    if (method != nullptr && PyFunction_Check(method)) {
+      return method;
+    }
+  }
+  return nullptr;
+}
+
+// 0: it has none now.
+unsigned int version_of(PyTypeObject* type) noexcept {
+#if PY_VERSION_HEX < 0x030D0000
+  if (PyType_HasFeature(type, Py_TPFLAGS_VALID_VERSION_TAG) == 0) {
+    return 0;
+  }
+#endif
+  return type->tp_version_tag;
+}
+
+struct TypeFacts {
+  Kind kind = Kind::kOther;
+  PyObject* body = nullptr;
+};
+
+// Looking through the bases of every attribute's type would be most of the cost of a
+// search, so what was found is kept by type and version, which CPython changes with the
+// type's bases and attributes and does not use twice. Guarded by the interpreter lock.
+TypeFacts facts_of(PyTypeObject* type) noexcept {
+  struct Line {
+    PyTypeObject* type = nullptr;
+    unsigned int version = 0;
+    TypeFacts facts;
+  };
+  static std::array<Line, 512> lines;
+  const auto find_out = [type] { return TypeFacts{find_kind(type), find_body(type)}; };
+  const unsigned int version = version_of(type);
+  if (version == 0) {
+    return find_out();
+  }
+  Line& line = lines[(reinterpret_cast<uintptr_t>(type) >> 4) % lines.size()];
+  if (line.type != type || line.version != version) {
+    line = {type, version, find_out()};
+  }
+  return line.facts;
+}
+
+Kind kind_of(PyTypeObject* type) noexcept { return facts_of(type).kind; }
+Kind kind_of(PyObject* object) noexcept { return kind_of(Py_TYPE(object)); }
 
 // The names of globals and attributes that a function's code asks for, and the code inside
 // of it: lambdas, comprehensions, inner functions.
@@ -104,7 +140,7 @@ class NamesInCode {
     NamesInCode names(function);
     for (int i = 0; i < kMostWrappers; ++i) {
       PyObject* dict = reinterpret_cast<PyFunctionObject*>(function)->func_dict;
-      PyObject* inner = dict != nullptr ? PyDict_GetItem(dict, wrapped) : nullptr;
+      PyObject* inner = dict != nullptr ? entry_of(dict, wrapped) : nullptr;
       if (inner == nullptr || !PyFunction_Check(inner)) {
         break;
       }
@@ -208,14 +244,8 @@ class Search {
       }
     } else if (!PyCFunction_Check(object)) {
       object_with_attributes(object, /*certain=*/kind_of(object) == Kind::kModule);
-      auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-      for (const char* name : {"forward", "__call__"}) {
-        Ref method = Ref::steal(PyObject_GetAttrString(type, name));
-        if (method && PyFunction_Check(method.get())) {
-          function(method.get());
-          break;  // a module's __call__ is torch's own
-        }
-        PyErr_Clear();
+      if (PyObject* body = facts_of(Py_TYPE(object)).body) {
+        function(body);
       }
     }
     PyErr_Clear();
@@ -300,7 +330,7 @@ class Search {
       const Ref mode = or_nothing(PyObject_GetAttr(module, names.training));
       const bool training = mode && mode.get() != Py_False;
       if (mode) {
-        reach_.modules.push_back({Ref::borrow(module), training});
+        reach_.modules.push_back({Ref::borrow(module), training, 0});
       }
       for (PyObject* group : {names.parameters, names.buffers}) {
         const Ref tensors = or_nothing(PyObject_GetAttr(module, group));
@@ -441,7 +471,7 @@ class Search {
     const bool outer = std::exchange(into_functions_, false);
     PyObject* globals = PyFunction_GET_GLOBALS(object);
     for (size_t i = 0; i < names.size(); ++i) {
-      if (PyObject* global = PyDict_GetItem(globals, names[i])) {
+      if (PyObject* global = entry_of(globals, names[i])) {
         value(global, names[i], true);
       }
     }
@@ -528,9 +558,12 @@ class Search {
     known_ = &memo;
     const ModuleMemo::How how{certain, into_functions_};
     if (memo.still_holds(how)) {
+      reach_.tensors.reserve(reach_.tensors.size() + memo.most_tensors());
+      reach_.modules.reserve(reach_.modules.size() + memo.modules().size());
+      reach_.buffers.reserve(reach_.buffers.size() + memo.buffers().size());
       memo.visit_tensors([this](const Reached& reached) { reach_.tensors.push_back(reached); });
-      for (const auto& [module, training] : memo.modules()) {
-        reach_.modules.push_back({Ref::borrow(module), training});
+      for (const auto& [module, training, version] : memo.modules()) {
+        reach_.modules.push_back({Ref::borrow(module), training, version});
       }
       for (const auto& [dict, name, value, is_stand_in] : memo.buffers()) {
         reach_.buffers.push_back(
@@ -566,12 +599,12 @@ class Search {
     }
     watch(object, dict.get());
     const Names& names = Names::get();
-    PyObject* mode = PyDict_GetItem(dict.get(), names.training);
+    PyObject* mode = entry_of(dict.get(), names.training);
     const bool training = mode != Py_False;
     if (mode != nullptr) {
-      reach_.modules.push_back({Ref::borrow(object), training});
+      reach_.modules.push_back({Ref::borrow(object), training, dict_version(dict.get())});
       if (memo_ != nullptr) {
-        memo_->add_module(object, training);
+        memo_->add_module(object, dict.get(), training);
       }
     }
     if (scales_weight(object, dict.get())) {  // not again in a replay: it may change the last bits
@@ -602,12 +635,12 @@ class Search {
   // Is it a torch.nn.Embedding or EmbeddingBag whose forward, which is torch's, scales the rows
   // that it looks up?
   static bool scales_weight(PyObject* module, PyObject* dict) {
-    PyObject* max_norm = PyDict_GetItem(dict, Names::get().max_norm);
+    PyObject* max_norm = entry_of(dict, Names::get().max_norm);
     if (max_norm == nullptr || max_norm == Py_None) {
       return false;
     }
-    static PyObject* const forward = PyUnicode_InternFromString("forward");
-    static const auto* const forwards = [] {
+    PyObject* const forward = Names::get().forward;
+    static const auto* const forwards = [forward] {
       const Ref nn = checked(PyImport_ImportModule("torch.nn"));
       auto* found = new std::vector<Ref>;
       for (const char* name : {"Embedding", "EmbeddingBag"}) {
@@ -616,7 +649,7 @@ class Search {
       }
       return found;
     }();
-    PyObject* own = PyDict_GetItem(dict, forward);
+    PyObject* own = entry_of(dict, forward);
     if (own == nullptr) {
       own = _PyType_Lookup(Py_TYPE(module), forward);
     }
@@ -666,23 +699,23 @@ class Search {
       }
     }
     const Names& names = Names::get();
-    PyObject* mode = PyDict_GetItem(dict.get(), names.training);
+    PyObject* mode = entry_of(dict.get(), names.training);
     const bool training = mode != Py_False;
     if (mode != nullptr && is_new(object)) {
-      reach_.modules.push_back({Ref::borrow(object), training});
+      reach_.modules.push_back({Ref::borrow(object), training, dict_version(dict.get())});
     }
     for (PyObject* group : {names.parameters, names.buffers}) {
-      PyObject* tensors = PyDict_GetItem(dict.get(), group);
+      PyObject* tensors = entry_of(dict.get(), group);
       if (tensors != nullptr && PyDict_CheckExact(tensors)) {
         tensors_of(tensors, object, training, true, group == names.buffers, &names_in_code);
       }
     }
-    PyObject* submodules = PyDict_GetItem(dict.get(), names.modules);
+    PyObject* submodules = entry_of(dict.get(), names.modules);
     for (size_t i = 0; i < names_in_code.size(); ++i) {
       PyObject* name = names_in_code[i];
-      PyObject* entry = PyDict_GetItem(dict.get(), name);
+      PyObject* entry = entry_of(dict.get(), name);
       if (entry == nullptr && submodules != nullptr && PyDict_CheckExact(submodules)) {
-        entry = PyDict_GetItem(submodules, name);
+        entry = entry_of(submodules, name);
       }
       if (entry != nullptr) {
         value(entry, name, true);
@@ -717,12 +750,11 @@ namespace {
 // Stands for the history that a kept tensor has lost. Only the reentrant form asks it.
 struct LostHistory final : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&&) override {
-    host().throw_checkpoint_error(
+    throw_checkpoint_error(
         "torch_reprise: backward needs the history of a tensor that a checkpointed function "
         "reached by a name (or a buffer), and that was given something else since. With "
         "use_reentrant=True only arguments have an edge in the graph: pass the tensor as an "
         "argument, or pass use_reentrant=False.");
-    return {};  // not reached; the compiler does not believe a virtual's noreturn
   }
   std::string name() const override { return "LostHistory"; }
 };
@@ -792,7 +824,7 @@ std::vector<Binding> bindings_of(PyObject* callable) {
   PyObject* globals = PyFunction_GET_GLOBALS(function);
   const NamesInCode names(function);
   for (size_t i = 0; i < names.size(); ++i) {
-    PyObject* global = PyDict_GetItem(globals, names[i]);
+    PyObject* global = entry_of(globals, names[i]);
     if (global != nullptr && !PyModule_Check(global) && !PyType_Check(global)) {
       found.push_back({Ref::borrow(globals), Ref::borrow(names[i]), Ref::borrow(global), Ref()});
     }

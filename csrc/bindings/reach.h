@@ -16,7 +16,9 @@
 
 #include <ATen/core/Generator.h>
 #include <Python.h>
+#include <c10/util/SmallVector.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -33,7 +35,7 @@ struct Binding {
 
   // Borrowed; null: unbound.
   PyObject* now() const {
-    return name ? PyDict_GetItem(scope.get(), name.get()) : PyCell_GET(scope.get());
+    return name ? entry_of(scope.get(), name.get()) : PyCell_GET(scope.get());
   }
   // The same with what it stands for now.
   Binding as_it_is() const {
@@ -59,6 +61,7 @@ struct Reach {
   struct Module {
     Ref module;
     bool training;
+    uint64_t version;  // of its dict then, see dict_version(); 0: not known
   };
   // Of a module's dict of buffers, of parameters, or of its attributes: a tensor or None.
   struct Buffer : Binding {
@@ -67,10 +70,12 @@ struct Reach {
     bool is_stand_in;
   };
   std::vector<at::Generator> generators;
-  std::vector<Module> modules;
+  // Small programs reach few of them.
+  using Modules = c10::SmallVector<Module, 4>;
+  Modules modules;
   std::vector<Buffer> buffers;
-  std::vector<Reached> tensors;  // valid while the interpreter lock is held, and `kept` is
-  std::vector<Ref> kept;         // objects that nobody else need have
+  c10::SmallVector<Reached, 8> tensors;  // valid while the interpreter lock is held, and `kept` is
+  std::vector<Ref> kept;                 // objects that nobody else need have
 };
 
 // A tensor of the same values that requires grad, without the history of this one: see
