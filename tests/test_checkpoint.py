@@ -32,7 +32,15 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as upstream
 
 import torch_reprise
-from torch_reprise import Checkpointer, checkpoint, ledger
+from torch_reprise import (
+    Checkpointer,
+    CheckpointError,
+    checkpoint,
+    is_recomputing,
+    ledger,
+    set_checkpoint_debug_enabled,
+    set_checkpoint_early_stop,
+)
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -138,6 +146,36 @@ def of_this_module(x: Tensor) -> Tensor:
 
 def test_a_decorated_function_is_pickled_by_its_name() -> None:
     assert pickle.loads(pickle.dumps(of_this_module)) is of_this_module
+
+
+def test_a_checkpointer_is_pickled_and_copied_with_its_options() -> None:
+    made = Checkpointer(ambient="check", early_stop=False, determinism_check="none")
+    for other in (pickle.loads(pickle.dumps(made)), copy.copy(made), copy.deepcopy(made)):
+        assert repr(other) == repr(made)
+        calls = Counted(lambda x: x.sin().exp())
+        other(calls, leaf(3)).sum().backward()
+        assert calls.calls == 2
+
+
+def test_settings_hold_for_a_checkpointer_that_was_made_before() -> None:
+    ended = []
+
+    def function(x: Tensor) -> Tensor:
+        out = x.sin().exp()
+        ended.append(out)
+        return out + 1
+
+    calls = {True: Checkpointer(), False: Checkpointer(early_stop=False)}
+    for early_stop in (True, False):
+        for made_with in (True, False):
+            ended.clear()
+            with set_checkpoint_early_stop(early_stop):
+                calls[made_with](function, leaf(3)).sum().backward()
+            assert len(ended) == (1 if early_stop else 2)
+    with set_checkpoint_debug_enabled(True):
+        out = calls[True](lambda x: x.neg() if is_recomputing() else x.sin(), leaf(3))
+        with pytest.raises(CheckpointError, match="sin"):
+            out.sum().backward()
 
 
 def test_a_decorated_function_has_the_attributes_of_its_function() -> None:

@@ -300,9 +300,23 @@ Ref value_of(PyObject* variable) {
   return Ref::steal(value);
 }
 
+// Not what is no function, is traced or debugged: that is left to the caller.
+bool may_run_plainly(PyObject* function) {
+  return PyCallable_Check(function) != 0 && value_of(g_debug_setting).get() != Py_True &&
+         !compat::is_traced();
+}
+
+PyObject* run_with(bool reentrant, PyObject* function, PyObject* args, PyObject* kwargs, long flags,
+                   PyObject* generators) {
+  if (const Ref setting = value_of(g_early_stop_setting); setting.get() != Py_None) {
+    flags = setting.get() == Py_True ? flags | kEarlyStop : flags & ~kEarlyStop;
+  }
+  return reentrant ? run_reentrant(function, args, kwargs, flags, generators)
+                   : run(function, args, kwargs, flags, Py_None, Py_None, generators);
+}
+
 // run_plainly(function, args, kwargs): what checkpoint() was called with, options among
-// `kwargs`, which nobody else may have. What is no function, is traced, or has options that
-// are not plain is left to the caller.
+// `kwargs`, which nobody else may have. Options that are not plain are left to the caller too.
 PyObject* run_plainly(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   HANDLE_TH_ERRORS
   if (argc != 3 || !PyTuple_CheckExact(argv[1]) || !PyDict_CheckExact(argv[2])) {
@@ -310,17 +324,28 @@ PyObject* run_plainly(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
     return nullptr;
   }
   const auto options = PlainOptions::among(argv[2]);
-  if (!options.has_value() || PyCallable_Check(argv[0]) == 0 ||
-      value_of(g_debug_setting).get() == Py_True || compat::is_traced()) {
+  if (!options.has_value() || !may_run_plainly(argv[0])) {
     return Py_NewRef(not_run());
   }
-  long flags = options->flags();
-  if (const Ref setting = value_of(g_early_stop_setting); setting.get() != Py_None) {
-    flags = setting.get() == Py_True ? flags | kEarlyStop : flags & ~kEarlyStop;
-  }
   PyObject* kwargs = options->rest_of(argv[2]);
-  return options->reentrant() ? run_reentrant(argv[0], argv[1], kwargs, flags, Py_None)
-                              : run(argv[0], argv[1], kwargs, flags, Py_None, Py_None, Py_None);
+  return run_with(options->reentrant(), argv[0], argv[1], kwargs, options->flags(), Py_None);
+  END_HANDLE_TH_ERRORS
+}
+
+// run_configured(reentrant, flags, generators, function, args, kwargs): the same with options
+// that were read once, for many calls.
+PyObject* run_configured(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
+  HANDLE_TH_ERRORS
+  if (argc != 6 || !PyTuple_CheckExact(argv[4]) || !PyDict_CheckExact(argv[5])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "run_configured takes three options, a function, a tuple and a dict");
+    return nullptr;
+  }
+  if (!may_run_plainly(argv[3])) {
+    return Py_NewRef(not_run());
+  }
+  PyObject* kwargs = PyDict_GET_SIZE(argv[5]) > 0 ? argv[5] : nullptr;
+  return run_with(argv[0] == Py_True, argv[3], argv[4], kwargs, PyLong_AsLong(argv[1]), argv[2]);
   END_HANDLE_TH_ERRORS
 }
 
@@ -330,6 +355,8 @@ PyMethodDef g_methods[] = {
      METH_FASTCALL, "Runs one checkpointed call in the non-reentrant form."},
     {"run_plainly", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_plainly)),
      METH_FASTCALL, "One call of checkpoint(), if its options are plain."},
+    {"run_configured", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_configured)),
+     METH_FASTCALL, "One call with plain options that were read before."},
     {"run_reentrant", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run_reentrant_segment)),
      METH_FASTCALL, "Runs one checkpointed call in the reentrant form."},
     {nullptr, nullptr, 0, nullptr},

@@ -55,6 +55,15 @@ class Recording:
     ) -> list[tuple[str, int, bool, int, int, tuple[str, ...], float, float, int]]: ...
 
 def run_plainly(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any: ...
+def run_configured(
+    reentrant: bool,
+    flags: int,
+    generators: tuple[torch.Generator, ...] | None,
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    /,
+) -> Any: ...
 def run_segment(
     function: Any,
     args: tuple[Any, ...],

@@ -18,7 +18,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from . import _C
 from ._contexts import ContextFn
 from ._errors import CheckpointError, require_callable
-from .checkpoint import _contexts_of, _flags, _validate, noop_context_fn
+from .checkpoint import _contexts_of, _flags, _stops_early, _validate, noop_context_fn
 
 # Taken before install() puts ours there. The first calls the second, where there is one.
 _original: Any = torch_checkpoint._checkpoint_without_reentrant_generator
@@ -77,7 +77,9 @@ def checkpoint_without_reentrant_generator_impl(
         context_fn, options["respect_saved_tensors_hooks"], preserve, options["debug"]
     )
     forward, replay = contexts() if contexts is not None else (None, None)
-    flags = _flags(options["early_stop"], preserve, options["determinism_check"], context_fn)
+    flags = _flags(
+        _stops_early(options["early_stop"]), preserve, options["determinism_check"], context_fn
+    )
     segment = _C.open_segment(fn, args, kwargs, flags, replay, session)
     if segment is None:
         yield

@@ -131,11 +131,28 @@ def _validate(
 _OPTIONS = tuple(inspect.signature(_validate).parameters)
 
 
+def _plain(
+    options: dict[str, Any],
+) -> tuple[bool, int, tuple[torch.Generator, ...] | None] | None:
+    """What the core takes a call's options as; None if Python has to look at each call."""
+    if not _is_noop(options["context_fn"]) or options["debug"] or options.get("preserve_host_rng"):
+        return None
+    names = inspect.signature(_flags).parameters
+    flags = _flags(**{name: options[name] for name in names if name in options})
+    return options["use_reentrant"] is not False, flags, options.get("generators")
+
+
 def _validated(parameters: dict[str, Any]) -> dict[str, Any]:
     """The options among a function's parameters, after :func:`_validate`."""
     options = {name: parameters[name] for name in _OPTIONS}
     _validate(**options)
     return options
+
+
+def _stops_early(early_stop: bool) -> bool:
+    """As the call says, unless the user's setting says otherwise."""
+    setting = _early_stop.get()
+    return early_stop if setting is None else setting
 
 
 def _flags(
@@ -147,13 +164,12 @@ def _flags(
     ambient: str = "restore",
     preserve_state: bool = True,
 ) -> int:
-    setting = _early_stop.get()
     flags = AMBIENT_POLICIES[ambient]
     if not _is_noop(context_fn):
         flags |= _C.OWN_CONTEXTS
     if preserve_state:
         flags |= _C.PRESERVE_STATE
-    if early_stop if setting is None else setting:
+    if early_stop:
         flags |= _C.EARLY_STOP
     if preserve_rng_state:
         flags |= _C.PRESERVE_RNG_STATE
@@ -232,7 +248,7 @@ def _run(
         return in_graph(function, args, kwargs, None if _is_noop(context_fn) else context_fn)
     require_callable("function", function)
     flags = _flags(
-        early_stop,
+        _stops_early(early_stop),
         preserve_rng_state,
         determinism_check,
         context_fn,
@@ -380,6 +396,7 @@ def _checkpoint(
 
 _C.set_settings(_early_stop, debug_setting, noop_context_fn)
 _run_plainly = _C.run_plainly
+_run_configured = _C.run_configured
 _NOT_RUN = _C.NOT_RUN
 
 checkpoint.__signature__ = inspect.signature(_checkpoint)  # type: ignore[attr-defined]
@@ -392,6 +409,7 @@ class _Checkpointed:
     def __init__(self, options: dict[str, Any], function: Callable[..., Any]) -> None:
         require_callable("function", function)
         self._options = options
+        self._plain = _plain(options)
         self._function = function
         functools.update_wrapper(self, function, updated=())
 
@@ -421,6 +439,10 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._options["use_reentrant"] is None and not is_dynamo_compiling():
             _warn_use_reentrant("checkpoint", stacklevel=2)
+        if self._plain is not None and not is_dynamo_compiling():
+            result = _run_configured(*self._plain, self._function, args, kwargs)
+            if result is not _NOT_RUN:
+                return result
         return _run(self._function, args, kwargs, **self._options)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -518,9 +540,21 @@ class Checkpointer:
             "ambient": ambient,
             "preserve_state": preserve_state,
         }
+        self._plain = _plain(self._options)
 
     def __call__(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        if self._plain is not None and not is_dynamo_compiling():
+            result = _run_configured(*self._plain, function, args, kwargs)
+            if result is not _NOT_RUN:
+                return result  # type: ignore[no-any-return]
         return _run(function, args, kwargs, **self._options)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._options
+
+    def __setstate__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._plain = _plain(options)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
