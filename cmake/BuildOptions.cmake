@@ -1,4 +1,5 @@
-# reprise_options: warnings and sanitizers, linked privately by every target of ours.
+# reprise_options: warnings, sanitizers and how code is laid out, linked privately by every target
+# of ours.
 # reprise_precompile(target header...): precompiles the headers for one target.
 
 add_library(reprise_options INTERFACE)
@@ -9,6 +10,16 @@ if(REPRISE_SANITIZE)
   target_compile_options(reprise_options INTERFACE -fsanitize=${REPRISE_SANITIZE}
                          -fno-omit-frame-pointer -g)
   target_link_options(reprise_options INTERFACE -fsanitize=${REPRISE_SANITIZE})
+endif()
+
+# Our code runs between two operators of torch, whose code is some hundred pages: most of it comes
+# from beyond the first caches, and each page that it lies in takes another one's place in the
+# processor's table of pages. So calls go without a stub each, which the linker would put elsewhere,
+# and it may place each function by itself.
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  target_compile_options(reprise_options INTERFACE
+                         $<$<COMPILE_LANGUAGE:C,CXX>:-fno-plt;-ffunction-sections>)
+  target_link_options(reprise_options INTERFACE -Wl,-z,now -Wl,-Bsymbolic-functions)
 endif()
 
 # Most of the time to compile one of our files goes into these headers of torch. A header belongs
