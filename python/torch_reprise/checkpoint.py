@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from types import MethodType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch.utils import checkpoint as torch_checkpoint
@@ -131,14 +131,14 @@ def _validate(
 _OPTIONS = tuple(inspect.signature(_validate).parameters)
 
 
-def _plain(
-    options: dict[str, Any],
-) -> tuple[bool, int, tuple[torch.Generator, ...] | None] | None:
-    """What the core takes a call's options as; None if Python has to look at each call."""
+# What the core takes a call's options as; empty if Python has to look at each call.
+_Plain: TypeAlias = "tuple[bool, int, tuple[torch.Generator, ...] | None] | tuple[()]"
+
+
+def _plain(options: dict[str, Any]) -> _Plain:
     if not _is_noop(options["context_fn"]) or options["debug"] or options.get("preserve_host_rng"):
-        return None
-    names = inspect.signature(_flags).parameters
-    flags = _flags(**{name: options[name] for name in names if name in options})
+        return ()
+    flags = _flags(**{name: options[name] for name in _FLAG_OPTIONS if name in options})
     return options["use_reentrant"] is not False, flags, options.get("generators")
 
 
@@ -180,6 +180,9 @@ def _flags(
     if determinism_check == "bitwise":
         flags |= _C.CHECK_VALUES
     return flags
+
+
+_FLAG_OPTIONS = tuple(inspect.signature(_flags).parameters)
 
 
 def _with_selective_support(
@@ -406,10 +409,12 @@ _compat.skip_frames_of(checkpoint, _checkpoint, _run)
 class _Checkpointed:
     """A function that is checkpointed whenever it is called; works on methods too."""
 
-    def __init__(self, options: dict[str, Any], function: Callable[..., Any]) -> None:
+    def __init__(
+        self, options: dict[str, Any], function: Callable[..., Any], plain: _Plain | None = None
+    ) -> None:
         require_callable("function", function)
         self._options = options
-        self._plain = _plain(options)
+        self._plain = _plain(options) if plain is None else plain
         self._function = function
         functools.update_wrapper(self, function, updated=())
 
@@ -439,7 +444,7 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._options["use_reentrant"] is None and not is_dynamo_compiling():
             _warn_use_reentrant("checkpoint", stacklevel=2)
-        if self._plain is not None and not is_dynamo_compiling():
+        if self._plain and not is_dynamo_compiling():
             result = _run_configured(*self._plain, self._function, args, kwargs)
             if result is not _NOT_RUN:
                 return result
@@ -457,7 +462,7 @@ class _Checkpointed:
         bind = getattr(self._function, "__get__", None)
         if instance is None or bind is None:
             return self
-        return _Checkpointed(self._options, bind(instance, owner))
+        return _Checkpointed(self._options, bind(instance, owner), self._plain)
 
 
 class Checkpointer:
@@ -543,7 +548,7 @@ class Checkpointer:
         self._plain = _plain(self._options)
 
     def __call__(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        if self._plain is not None and not is_dynamo_compiling():
+        if self._plain and not is_dynamo_compiling():
             result = _run_configured(*self._plain, function, args, kwargs)
             if result is not _NOT_RUN:
                 return result  # type: ignore[no-any-return]
