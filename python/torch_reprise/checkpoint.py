@@ -132,7 +132,7 @@ _OPTIONS = tuple(inspect.signature(_validate).parameters)
 
 
 # What the core takes a call's options as; empty if Python has to look at each call.
-_Plain: TypeAlias = "tuple[bool, int, tuple[torch.Generator, ...] | None] | tuple[()]"
+_Plain: TypeAlias = tuple[bool, int, tuple[torch.Generator, ...] | None] | tuple[()]
 
 
 def _plain(options: dict[str, Any]) -> _Plain:
