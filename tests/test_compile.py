@@ -89,6 +89,9 @@ def entries(model: Model) -> dict[str, Callable[[Tensor], Tensor]]:
             model.body, input=x.sin(), use_reentrant=False, preserve_rng_state=False
         ).sum(),
         "decorator": lambda x: decorated(x.sin()).sum(),
+        "decorator made there": lambda x: checkpoint(use_reentrant=False)(model.body)(
+            x.sin()
+        ).sum(),
         "Checkpointer": lambda x: configured(model.body, x.sin()).sum(),
         "torch's": lambda x: torch_checkpoint.checkpoint(
             model.body, x.sin(), use_reentrant=False
@@ -110,6 +113,24 @@ def test_a_segment_in_a_compiled_function_is_the_compilers_operator(
     assert equal(expected, found)
     assert len(graphs.targets) == 1
     assert graphs.targets[0].count("tag_activation_checkpoint") == 1
+
+
+def test_what_a_compiled_function_decorates_and_returns_is_checkpointed() -> None:
+    calls = []
+
+    def double_sine(x: Tensor, times: int = 1) -> Tensor:
+        calls.append(times)
+        return (x * times).sin().sin()
+
+    def make(x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+        return x + 1, checkpoint(use_reentrant=False)(double_sine)
+
+    _, decorated = torch.compile(make, backend="eager", fullgraph=True)(torch.ones(()))
+    x = torch.ones(3, requires_grad=True)
+    (found,) = torch.autograd.grad(decorated(x, times=2).sum(), x)
+    assert calls == [2, 2], "once forward, once replayed"
+    (expected,) = torch.autograd.grad(double_sine(x, times=2).sum(), x)
+    assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("installed", [False, True])

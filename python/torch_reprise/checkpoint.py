@@ -394,7 +394,20 @@ def _checkpoint(
             "checkpoint was called without a function, which makes a decorator, and with "
             f"keyword arguments that it does not know: {unknown}"
         )
+    if is_dynamo_compiling():
+        return functools.partial(_closure, options)
     return functools.partial(_Checkpointed, options)
+
+
+def _closure(options: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """:class:`_Checkpointed` for Dynamo, which cannot make an object that has ``__getattr__``."""
+    require_callable("function", function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _run(function, args, kwargs, **options)
+
+    return call
 
 
 _C.set_settings(_early_stop, debug_setting, noop_context_fn)
