@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import gc
 import threading
 import weakref
@@ -390,6 +391,40 @@ def test_a_thread_has_the_variables_for_the_replay_alone() -> None:
     thread.join()
     assert seen == [3.0, 3.0, 1.0]
     assert VARIABLE.get() == 1.0
+
+
+def test_a_context_that_a_replay_enters_and_does_not_leave_is_let_alone() -> None:
+    entered: list[contextvars.Context] = []
+
+    def enter(context: contextvars.Context) -> None:
+        assert ctypes.pythonapi.PyContext_Enter(ctypes.py_object(context)) == 0
+        entered.append(context)
+
+    def leave() -> None:
+        assert ctypes.pythonapi.PyContext_Exit(ctypes.py_object(entered.pop())) == 0
+
+    other = contextvars.copy_context()
+    other.run(VARIABLE.set, 7.0)
+    seen: list[float] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(VARIABLE.get())
+        if is_recomputing():
+            enter(other)
+        return torch.tanh(x)
+
+    def all_of_it() -> tuple[float, float]:
+        VARIABLE.set(3.0)
+        out = checkpoint(function, leaf(4), use_reentrant=False)
+        VARIABLE.set(4.0)
+        out.sum().backward()
+        inside = VARIABLE.get()
+        leave()
+        return inside, VARIABLE.get()
+
+    assert contextvars.copy_context().run(all_of_it) == (7.0, 4.0)
+    assert seen == [3.0, 3.0]
+    assert other[VARIABLE] == 7.0
 
 
 def test_an_error_in_a_replay_leaves_the_variables_as_they_were() -> None:

@@ -148,10 +148,15 @@ def test_a_decorated_function_is_pickled_by_its_name() -> None:
     assert pickle.loads(pickle.dumps(of_this_module)) is of_this_module
 
 
-def test_a_checkpointer_is_pickled_and_copied_with_its_options() -> None:
-    made = Checkpointer(ambient="check", early_stop=False, determinism_check="none")
+class Named(Checkpointer):
+    name = ""
+
+
+def test_a_checkpointer_is_pickled_and_copied_with_its_options_and_attributes() -> None:
+    made = Named(ambient="check", early_stop=False, determinism_check="none")
+    made.name = "encoder"
     for other in (pickle.loads(pickle.dumps(made)), copy.copy(made), copy.deepcopy(made)):
-        assert repr(other) == repr(made)
+        assert (type(other), repr(other), other.name) == (Named, repr(made), "encoder")
         calls = Counted(lambda x: x.sin().exp())
         other(calls, leaf(3)).sum().backward()
         assert calls.calls == 2

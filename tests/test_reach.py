@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +231,82 @@ def test_a_class_whose_call_is_replaced_is_looked_at_anew(
         return outs, grads([x]), FIRST.get_state(), SECOND.get_state()
 
     assert_exact(program, replays=9, use_reentrant=use_reentrant)
+
+
+@both_forms
+def test_a_static_method_that_is_given_another_function_is_looked_at_anew(
+    use_reentrant: bool,
+) -> None:
+    def program(run: Run) -> Any:
+        class Drawing:
+            @staticmethod
+            def forward(x: Tensor) -> Tensor:
+                return x.sin() * torch.rand(4, generator=FIRST)
+
+            def __call__(self, x: Tensor) -> Tensor:
+                return self.forward(x)
+
+        FIRST.manual_seed(24)
+        SECOND.manual_seed(25)
+        drawing, x, outs = Drawing(), leaf(4), []
+        for generator in (FIRST, SECOND):
+            # A change of the type that its version does not show.
+            Drawing.__dict__["forward"].__init__(
+                eval(
+                    "lambda x: x.sin() * torch.rand(4, generator=G)",
+                    {"torch": torch, "G": generator},
+                )
+            )
+            for _ in range(2):
+                outs.append(run(drawing, x))
+                outs[-1].sum().backward()
+        return outs, grads([x]), FIRST.get_state(), SECOND.get_state()
+
+    assert_exact(program, replays=4, use_reentrant=use_reentrant)
+
+
+IN_A_SEARCH = """
+import gc
+import torch
+from torch_reprise import checkpoint
+
+class Script(torch.jit.RecursiveScriptModule):
+    def modules(self):  # which the search for buffers asks
+        Called.__call__ = lambda self, x: x.exp()
+        gc.collect()
+        return iter([])
+
+script = Script.__new__(Script)
+
+def made():
+    inside = script
+    def __call__(self, x, *, default=(script,)):
+        return inside and (x.sin() if first_global else second_global)
+    return __call__
+
+class Called:
+    pass
+
+x = torch.ones(3, requires_grad=True)
+for _ in range(5):
+    Called.__call__ = made()
+    out = checkpoint(Called(), x, use_reentrant=False)
+    assert torch.equal(out, x.exp())
+    out.sum().backward()
+print("done")
+"""
+
+
+def test_a_function_that_goes_while_it_is_searched() -> None:
+    # Freed memory is overwritten at once under this allocator.
+    run = subprocess.run(
+        [sys.executable, "-c", IN_A_SEARCH],
+        env={**os.environ, "PYTHONMALLOC": "debug"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
 def test_a_changed_parameter_is_named_after_many_calls() -> None:

@@ -7,9 +7,9 @@
 
 #include "bindings/bind.h"
 #include "bindings/call_options.h"
+#include "bindings/cpython_internals.h"
 #include "bindings/dynamo.h"
 #include "bindings/early_stop.h"
-#include "bindings/frames.h"
 #include "bindings/module_memo.h"
 #include "bindings/python_host.h"
 #include "bindings/python_object.h"
@@ -344,8 +344,12 @@ PyObject* run_configured(PyObject*, PyObject* const* argv, Py_ssize_t argc) {
   if (!may_run_plainly(argv[3])) {
     return Py_NewRef(not_run());
   }
+  const long flags = PyLong_AsLong(argv[1]);
+  if (flags == -1 && PyErr_Occurred() != nullptr) {
+    return nullptr;
+  }
   PyObject* kwargs = PyDict_GET_SIZE(argv[5]) > 0 ? argv[5] : nullptr;
-  return run_with(argv[0] == Py_True, argv[3], argv[4], kwargs, PyLong_AsLong(argv[1]), argv[2]);
+  return run_with(argv[0] == Py_True, argv[3], argv[4], kwargs, flags, argv[2]);
   END_HANDLE_TH_ERRORS
 }
 
@@ -376,7 +380,7 @@ void bind_segment(py::module_& module) {
   });
   module.attr("SUPPRESSED") = kSuppressed;
   // Which short ways this version of CPython has.
-  module.attr("READS_FRAMES") = reprise_frames_supported() != 0;
+  module.attr("READS_FRAMES") = reprise_reads_internals() != 0;
   module.attr("SEES_CHANGES_OF_DICTS") = ModuleMemo::is_possible();
   py::class_<OpenSegment>(module, "OpenSegment")
       .def("end", &OpenSegment::end)

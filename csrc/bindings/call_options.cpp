@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-#include "bindings/frames.h"
+#include "bindings/cpython_internals.h"
 #include "bindings/python_object.h"
 
 namespace reprise::bindings {

@@ -2,30 +2,31 @@
 
 #include <utility>
 
-#include "bindings/frames.h"
+#include "bindings/cpython_internals.h"
 
 namespace reprise::bindings {
 namespace {
 
-// Null where a Context cannot be opened.
-Ref current_mapping() {
-  if (reprise_frames_supported() == 0) {
+// The thread's own; null where a Context cannot be opened.
+Ref current_context() {
+  if (reprise_reads_internals() == 0) {
     return Ref();
   }
-  PyObject* mapping = reprise_context_variables();
-  if (mapping == nullptr) {
-    // A thread has no context before it is asked for one.
+  PyObject* context = reprise_current_context();
+  if (context == nullptr) {
+    // A thread has none before it is asked for one.
     checked(PyContext_CopyCurrent());
-    mapping = reprise_context_variables();
+    context = reprise_current_context();
   }
-  return Ref::borrow(mapping);
+  return Ref::borrow(context);
 }
 
 }  // namespace
 
 ContextVariables ContextVariables::current() {
-  Ref mapping = current_mapping();
-  return ContextVariables(mapping ? std::move(mapping) : checked(PyContext_CopyCurrent()));
+  const Ref context = current_context();
+  return ContextVariables(context ? Ref::borrow(reprise_variables_of(context.get()))
+                                  : checked(PyContext_CopyCurrent()));
 }
 
 ContextVariablesScope::ContextVariablesScope(const ContextVariables& variables) {
@@ -33,26 +34,28 @@ ContextVariablesScope::ContextVariablesScope(const ContextVariables& variables) 
   if (wanted == nullptr) {
     return;
   }
-  if (outer_ = current_mapping(); outer_) {
+  if (context_ = current_context(); context_) {
+    outer_ = Ref::borrow(reprise_variables_of(context_.get()));
     if (outer_.get() != wanted) {
-      reprise_set_context_variables(wanted);
+      reprise_set_variables_of(context_.get(), wanted);
     }
     return;
   }
-  entered_ = checked(PyContext_Copy(wanted));
-  if (PyContext_Enter(entered_.get()) != 0) {
+  context_ = checked(PyContext_Copy(wanted));
+  if (PyContext_Enter(context_.get()) != 0) {
     throw_python_error();
   }
 }
 
 ContextVariablesScope::~ContextVariablesScope() {
-  if (outer_ && outer_.get() != reprise_context_variables()) {
-    const ErrorSetAside outer_error;  // what a variable held may be finalized
-    reprise_set_context_variables(outer_.get());
+  if (!context_ || (outer_ && outer_.get() == reprise_variables_of(context_.get()))) {
+    return;
   }
-  if (entered_) {
-    const ErrorSetAside outer_error;
-    PyContext_Exit(entered_.get());
+  const ErrorSetAside outer_error;  // what a variable held may be finalized
+  if (outer_) {
+    reprise_set_variables_of(context_.get(), outer_.get());
+  } else {
+    PyContext_Exit(context_.get());
   }
 }
 

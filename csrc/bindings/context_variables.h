@@ -2,9 +2,9 @@
 // again. All with the interpreter lock.
 //
 // A Context holds an immutable mapping, and gets another one when a variable is set. So a segment
-// keeps the mapping, and a replay puts it into the Context that is current, and puts back what was
-// there; most find that very one. Where a Context cannot be opened (frames.h), a copy of it is
-// kept, and a copy of that entered for the replay.
+// keeps the mapping, and a replay puts it into the Context that is current, and puts back what that
+// Context held, whichever is current then; most find that very one. Where a Context cannot be
+// opened (cpython_internals.h), a copy of it is kept, and a copy of that entered for the replay.
 #pragma once
 
 #include <Python.h>
@@ -35,8 +35,8 @@ class ContextVariablesScope {
   ContextVariablesScope& operator=(const ContextVariablesScope&) = delete;
 
  private:
-  Ref outer_;    // the mapping that was there
-  Ref entered_;  // the Context
+  Ref context_;  // the one that was current, or one that was entered
+  Ref outer_;    // the variables that it had, if it was current
 };
 
 }  // namespace reprise::bindings

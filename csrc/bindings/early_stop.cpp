@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "bindings/frames.h"
+#include "bindings/cpython_internals.h"
 #include "bindings/python_object.h"
 
 namespace reprise::bindings {

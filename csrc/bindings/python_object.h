@@ -56,27 +56,27 @@ inline bool is_tensor(PyObject* object) noexcept {
   return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
 }
 
-// The value of an interned name in a dict, borrowed; null without a new error if there is none.
-// PyDict_GetItem sets the error that may be set aside for its look-up, which takes as long again.
-inline PyObject* entry_of(PyObject* dict, PyObject* name) noexcept {
-#if PY_VERSION_HEX < 0x030E0000
-  if (PyErr_Occurred() == nullptr) [[likely]] {
-    PyObject* entry = _PyDict_GetItem_KnownHash(dict, name, PyObject_Hash(name));
-    if (entry == nullptr) {
-      PyErr_Clear();  // from a key that is no string, compared with the name
-    }
-    return entry;
-  }
-#endif
-  return PyDict_GetItem(dict, name);
-}
-
 // Drops the error that is set, if there is one. Ctrl-C is not lost: it comes again.
 inline void drop_error() {
   if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt) != 0) {
     PyErr_SetInterrupt();
   }
   PyErr_Clear();
+}
+
+// The value of a name in a dict, borrowed; null without a new error if there is none.
+// PyDict_GetItem sets the error that may be set aside for its look-up, which takes as long again.
+inline PyObject* entry_of(PyObject* dict, PyObject* name) noexcept {
+#if PY_VERSION_HEX < 0x030E0000
+  if (PyErr_Occurred() == nullptr) [[likely]] {
+    PyObject* entry = _PyDict_GetItem_KnownHash(dict, name, PyObject_Hash(name));
+    if (entry == nullptr) {
+      drop_error();  // of a key that is no string, compared with the name
+    }
+    return entry;
+  }
+#endif
+  return PyDict_GetItem(dict, name);
 }
 
 // Sets an error aside for a scope in which Python code may run, and drops

@@ -72,30 +72,32 @@ Kind find_kind(PyTypeObject* type) noexcept {
   return PyType_IsSubtype(type, script_module_type()) != 0 ? Kind::kScript : Kind::kModule;
 }
 
-// The function that a call of an object of this type leads to, borrowed; null if that is not to
-// be seen. A module's __call__ is torch's own.
+// The attribute of a type that a call of its objects leads to, borrowed: a function, or a static
+// method. Null if that is not to be seen. A module's __call__ is torch's own.
 PyObject* find_body(PyTypeObject* type) noexcept {
   for (PyObject* name : {Names::get().forward, Names::get().call}) {
-    PyObject* method = _PyType_Lookup(type, name);
-    if (method != nullptr && Py_IS_TYPE(method, &PyStaticMethod_Type)) {
-      // Held by the static method.
-      method = Ref::steal(PyStaticMethod_Type.tp_descr_get(method, nullptr, nullptr)).get();
-    }
-    if (method != nullptr && PyFunction_Check(method)) {
-      return method;
+    PyObject* found = _PyType_Lookup(type, name);
+    if (found != nullptr &&
+        (PyFunction_Check(found) || PyObject_TypeCheck(found, &PyStaticMethod_Type))) {
+      return found;
     }
   }
   return nullptr;
 }
 
 // 0: it has none now.
-unsigned int version_of(PyTypeObject* type) noexcept {
+unsigned int type_version(PyTypeObject* type) noexcept {
+#if PY_VERSION_HEX < 0x030B0000
+  (void)type;
+  return 0;  // sys._clear_type_cache() begins to count anew there
+#else
 #if PY_VERSION_HEX < 0x030D0000
   if (PyType_HasFeature(type, Py_TPFLAGS_VALID_VERSION_TAG) == 0) {
     return 0;
   }
 #endif
   return type->tp_version_tag;
+#endif
 }
 
 struct TypeFacts {
@@ -114,7 +116,7 @@ TypeFacts facts_of(PyTypeObject* type) noexcept {
   };
   static std::array<Line, 512> lines;
   const auto find_out = [type] { return TypeFacts{find_kind(type), find_body(type)}; };
-  const unsigned int version = version_of(type);
+  const unsigned int version = type_version(type);
   if (version == 0) {
     return find_out();
   }
@@ -127,6 +129,19 @@ TypeFacts facts_of(PyTypeObject* type) noexcept {
 
 Kind kind_of(PyTypeObject* type) noexcept { return facts_of(type).kind; }
 Kind kind_of(PyObject* object) noexcept { return kind_of(Py_TYPE(object)); }
+
+// The function that a call of the object leads to; null if that is not to be seen.
+Ref body_of(PyObject* object) noexcept {
+  PyObject* found = facts_of(Py_TYPE(object)).body;
+  if (found == nullptr || PyFunction_Check(found)) {
+    return Ref::borrow(found);
+  }
+  Ref function = Ref::steal(PyStaticMethod_Type.tp_descr_get(found, nullptr, nullptr));
+  if (!function) {
+    PyErr_Clear();  // one that nobody has initialised
+  }
+  return function && PyFunction_Check(function.get()) ? std::move(function) : Ref();
+}
 
 // The names of globals and attributes that a function's code asks for, and the code inside
 // of it: lambdas, comprehensions, inner functions.
@@ -244,8 +259,8 @@ class Search {
       }
     } else if (!PyCFunction_Check(object)) {
       object_with_attributes(object, /*certain=*/kind_of(object) == Kind::kModule);
-      if (PyObject* body = facts_of(Py_TYPE(object)).body) {
-        function(body);
+      if (const Ref body = body_of(object)) {
+        function(body.get());
       }
     }
     PyErr_Clear();
@@ -325,6 +340,7 @@ class Search {
     if (!is_new(object)) {
       return;
     }
+    const Ref held = Ref::borrow(object);
     const Names& names = Names::get();
     visit(PyObject_CallMethod(object, "modules", nullptr), [&](PyObject* module) {
       const Ref mode = or_nothing(PyObject_GetAttr(module, names.training));
@@ -433,8 +449,10 @@ class Search {
   }
 
   void function(PyObject* object) {
+    // Names are borrowed from the code, and some of what is searched is asked by Python code.
+    const Ref held = Ref::borrow(object);
+    const Ref code = Ref::borrow(PyFunction_GET_CODE(object));
     PyObject* closure = PyFunction_GET_CLOSURE(object);
-    auto* code = reinterpret_cast<PyCodeObject*>(PyFunction_GET_CODE(object));
     const NamesInCode names(object);
     if (closure != nullptr) {
       Ref free_names;  // CPython makes a new tuple each time it is asked
@@ -446,8 +464,7 @@ class Search {
         PyObject* name = nullptr;
         if (kind_of(content) == Kind::kModule || sought_ != nullptr) {
           if (!free_names) {
-            free_names = Ref::steal(
-                PyObject_GetAttrString(reinterpret_cast<PyObject*>(code), "co_freevars"));
+            free_names = Ref::steal(PyObject_GetAttrString(code.get(), "co_freevars"));
           }
           name = free_names ? PyTuple_GET_ITEM(free_names.get(), i) : nullptr;
         }

@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "bindings/frames.h"
+#include "bindings/cpython_internals.h"
 
 namespace reprise::bindings {
 namespace {
@@ -152,7 +152,7 @@ void set_internal_paths(std::vector<std::string> prefixes) {
 }
 
 SourceLocation current_location() noexcept {
-  return reprise_frames_supported() != 0 ? location_by_frames() : location_by_public_api();
+  return reprise_reads_internals() != 0 ? location_by_frames() : location_by_public_api();
 }
 
 std::string describe(const SourceLocation& where) {

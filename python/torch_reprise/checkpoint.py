@@ -131,11 +131,12 @@ def _validate(
 _OPTIONS = tuple(inspect.signature(_validate).parameters)
 
 
-# What the core takes a call's options as; empty if Python has to look at each call.
+# What the core takes a call's options as: which form, flags, generators.
 _Plain: TypeAlias = tuple[bool, int, tuple[torch.Generator, ...] | None] | tuple[()]
 
 
 def _plain(options: dict[str, Any]) -> _Plain:
+    """What the core runs a call with; empty if Python has to look at each call."""
     if not _is_noop(options["context_fn"]) or options["debug"] or options.get("preserve_host_rng"):
         return ()
     flags = _flags(**{name: options[name] for name in _FLAG_OPTIONS if name in options})
@@ -568,11 +569,11 @@ class Checkpointer:
         return _run(function, args, kwargs, **self._options)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._options
+        return {name: value for name, value in self.__dict__.items() if name != "_plain"}
 
-    def __setstate__(self, options: dict[str, Any]) -> None:
-        self._options = options
-        self._plain = _plain(options)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain = _plain(self._options)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())

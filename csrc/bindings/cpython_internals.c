@@ -4,7 +4,7 @@
 /* Each version that was read and tested: what the fields mean changes without their names
    changing. Not without the interpreter lock: nobody has looked at those builds. */
 #if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
-#define REPRISE_FRAMES 1
+#define REPRISE_INTERNALS 1
 #define Py_BUILD_CORE 1 /* before Python.h, which is otherwise another one */
 #include <Python.h>
 #include <internal/pycore_context.h>
@@ -26,14 +26,14 @@
 #pragma GCC diagnostic pop
 #undef Py_BUILD_CORE
 #else
-#define REPRISE_FRAMES 0
+#define REPRISE_INTERNALS 0
 #endif
 
-#include "bindings/frames.h"
+#include "bindings/cpython_internals.h"
 
-int reprise_frames_supported(void) { return REPRISE_FRAMES; }
+int reprise_reads_internals(void) { return REPRISE_INTERNALS; }
 
-#if REPRISE_FRAMES
+#if REPRISE_INTERNALS
 
 static const _PyInterpreterFrame* innermost(void) {
   PyThreadState* thread = PyGILState_GetThisThreadState();
@@ -110,26 +110,34 @@ int reprise_handles_pending_calls_after(const void* instruction) {
   }
 }
 
-PyObject* reprise_context_variables(void) {
-  PyObject* context = PyThreadState_Get()->context;
-  return context == NULL ? NULL : (PyObject*)((const PyContext*)context)->ctx_vars;
+PyObject* reprise_current_context(void) { return PyThreadState_Get()->context; }
+
+PyObject* reprise_variables_of(PyObject* context) {
+  return (PyObject*)((const PyContext*)context)->ctx_vars;
 }
 
-void reprise_set_context_variables(PyObject* variables) {
-  PyThreadState* thread = PyThreadState_Get();
-  PyContext* context = (PyContext*)thread->context;
-  PyHamtObject* old = context->ctx_vars;
+void reprise_set_variables_of(PyObject* context, PyObject* variables) {
+  PyHamtObject** place = &((PyContext*)context)->ctx_vars;
+  PyHamtObject* old = *place;
   Py_INCREF(variables);
-  context->ctx_vars = (PyHamtObject*)variables;
-  ++thread->context_ver; /* a variable's last value is kept by this number */
+  *place = (PyHamtObject*)variables;
+  ++PyThreadState_Get()->context_ver; /* a variable's last value is kept by this number */
   Py_DECREF(old);
 }
 
 #else
 
-PyObject* reprise_context_variables(void) { return NULL; }
+PyObject* reprise_current_context(void) { return NULL; }
 
-void reprise_set_context_variables(PyObject* variables) { (void)variables; }
+PyObject* reprise_variables_of(PyObject* context) {
+  (void)context;
+  return NULL;
+}
+
+void reprise_set_variables_of(PyObject* context, PyObject* variables) {
+  (void)context;
+  (void)variables;
+}
 
 const void* reprise_next_frame(const void* frame, PyCodeObject** code, int* instruction) {
   (void)frame;
