@@ -11,8 +11,9 @@
 // and that a replay sets as it was in its forward: settings of the process, the
 // memory of buffers, attributes of objects. So a replay holds a lease on all of
 // that, from before it notes what is there until it has put it back; others wait
-// for it without the interpreter lock. Replays that change nothing of the kind, or
-// different generators (as on different devices), do not meet.
+// for it without the interpreter lock. Replays of different generators (as on different
+// devices) do not meet. Nor do those that find all else as they need it: they change
+// nothing, and see what others put in force while they run.
 //
 // The holder is a chain, not a thread: a replay inside of a replay (a nested
 // segment, a backward inside of fn) belongs to the chain of the outer one, and
