@@ -254,10 +254,97 @@ def dispatch_mode_program(run: Run) -> Any:
     return out, grads([x])
 
 
+class Doubling(Tensor):
+    """A subclass by torch function alone, which C++ does not know of."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 2 if func is torch.tanh else result
+
+
+def doubling_leaf() -> Tensor:
+    return torch.randn(4).as_subclass(Doubling).requires_grad_()
+
+
+def backward_of_a_subclass_program(run: Run) -> Any:
+    """Such a backward runs with torch function off for subclasses."""
+    x = doubling_leaf()
+    out = run(lambda x: torch.tanh(x).square(), x)
+    out.sum().backward()
+    return out, grads([x])
+
+
+def subclass_argument_program(run: Run) -> Any:
+    x, seen = doubling_leaf(), set()
+
+    def function(x: Tensor) -> Tensor:
+        seen.add(type(x).__name__)
+        return torch.tanh(x).square()
+
+    out = run(function, x)
+    out.as_subclass(Tensor).sum().backward()
+    return out, grads([x]), sorted(seen)
+
+
+def subclasses_off_program(run: Run) -> Any:
+    x = doubling_leaf()
+    with torch._C.DisableTorchFunctionSubclass():
+        out = run(lambda x: torch.tanh(x).square(), x)
+    out.as_subclass(Tensor).sum().backward()
+    return out, grads([x])
+
+
+def subclasses_off_in_backward_program(run: Run) -> Any:
+    x = doubling_leaf()
+    loss = run(lambda x: torch.tanh(x).square(), x).as_subclass(Tensor).sum()
+    with torch._C.DisableTorchFunctionSubclass():
+        loss.backward()
+    return loss, grads([x]), torch._C._is_torch_function_enabled()
+
+
+def mode_that_is_off_program(run: Run) -> Any:
+    x = leaf(4)
+    with doubled_tanh(), torch._C.DisableTorchFunction():
+        out = run(lambda x: torch.tanh(x).square(), x)
+    out.sum().backward()
+    return out, grads([x])
+
+
+def off_around_backward_program(run: Run) -> Any:
+    x = leaf(4)
+    with doubled_tanh():
+        loss = run(lambda x: torch.tanh(x).square(), x).sum()
+    with torch._C.DisableTorchFunction():
+        loss.backward()
+    return loss, grads([x])
+
+
+def modes_in_themselves_program(run: Run) -> Any:
+    x, results = leaf(4), []
+    for mode in (doubled_tanh(), halved_tanh()):
+        with mode, mode:
+            out = run(lambda x: torch.tanh(x).square(), x)
+        out.sum().backward()
+        with mode, mode:
+            inside = run(lambda x: torch.tanh(x).exp(), x)
+        with mode:
+            inside.sum().backward()
+        results += [out, inside]
+    return results, grads([x])
+
+
 @both_forms
 @pytest.mark.parametrize(
     "program",
     [
+        backward_of_a_subclass_program,
+        subclass_argument_program,
+        subclasses_off_program,
+        subclasses_off_in_backward_program,
+        mode_that_is_off_program,
+        off_around_backward_program,
+        modes_in_themselves_program,
         default_dtype_program,
         context_variable_program,
         changed_context_variable_program,

@@ -112,14 +112,12 @@ int64_t infra_modes() {
 
 }  // namespace
 
-AmbientSettings AmbientSettings::current() {
-  return {TorchFlags::current(), current_accelerator_device(), AutocastState::current()};
-}
-
 namespace {
 
 REPRISE_OPEN_MEMBER(FunctionStack, PythonTorchFunctionTLS, stack_,
                     std::vector<std::shared_ptr<c10::SafePyObject>>)
+REPRISE_OPEN_MEMBER(FunctionSwitch, PythonTorchFunctionTLS, disabled_state_,
+                    at::impl::TorchFunctionDisabledState)
 REPRISE_OPEN_MEMBER(DispatchStack, TorchDispatchModeTLS, stack_,
                     std::vector<std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>>)
 
@@ -135,9 +133,17 @@ struct OfThread {
     return (functions.*member_of(FunctionStack())).empty() &&
            (dispatch.*member_of(DispatchStack())).empty() && autocast_nesting() == 0;
   }
+  at::impl::TorchFunctionDisabledState torch_function() const {
+    return functions.*member_of(FunctionSwitch());
+  }
 };
 
 }  // namespace
+
+AmbientSettings AmbientSettings::current() {
+  return {TorchFlags::current(), current_accelerator_device(),
+          per_thread<OfThread>().torch_function(), AutocastState::current()};
+}
 
 AmbientState::Ref AmbientState::current() {
   const auto settings = AmbientSettings::current();
@@ -178,14 +184,18 @@ bool same_mode(const Mode& a, const Mode& b) {
   return a->ptr(&a->pyinterpreter()) == b->ptr(&b->pyinterpreter());
 }
 
-template <typename TLS, typename Mode>
-bool is_active(const Mode& mode) {
-  for (int64_t i = 0, n = TLS::stack_len(); i < n; ++i) {
-    if (same_mode(TLS::get_stack_at(i), mode)) {
-      return true;
-    }
+// Is this one of `modes` not on its stack as often as among those up to it? A mode may be entered
+// in itself.
+template <typename TLS, typename Modes>
+bool is_missing(const Modes& modes, const typename Modes::value_type& mode) {
+  int64_t missing = 0;
+  for (const auto* other = modes.begin(); other <= &mode; ++other) {
+    missing += same_mode(*other, mode) ? 1 : 0;
   }
-  return false;
+  for (int64_t i = 0, n = TLS::stack_len(); i < n; ++i) {
+    missing -= same_mode(TLS::get_stack_at(i), mode) ? 1 : 0;
+  }
+  return missing > 0;
 }
 
 // Takes this thread's modes that lie above those of `before`, which begin at `first`, off their
@@ -241,10 +251,14 @@ void set_device(c10::Device device) {
 
 // Where nothing is entered now either, a state is in force if the settings are its own.
 bool AmbientState::is_in_force() const {
-  return is_bare_ && TorchFlags::current() == settings_.flags &&
+  if (!is_bare_) {
+    return false;
+  }
+  const auto& of_thread = per_thread<OfThread>();
+  return TorchFlags::current() == settings_.flags &&
          current_accelerator_device() == settings_.device &&
-         settings_.autocast.counterpart() == settings_.autocast &&
-         per_thread<OfThread>().nothing_is_entered();
+         of_thread.torch_function() == settings_.torch_function &&
+         settings_.autocast.counterpart() == settings_.autocast && of_thread.nothing_is_entered();
 }
 
 namespace {
@@ -301,6 +315,8 @@ void AmbientScope::enter(bool inside_fn) {
   if (wanted.device.has_value()) {
     set_device(*wanted.device);
   }
+  change.outer.torch_function = PythonTorchFunctionTLS::get_disabled_state();
+  PythonTorchFunctionTLS::set_disabled_state(wanted.torch_function);
   change.outer.autocast = wanted.autocast.counterpart();
   if (wanted.flags != change.outer.flags) {
     wanted.flags->apply(*change.outer.flags);
@@ -311,13 +327,13 @@ void AmbientScope::enter(bool inside_fn) {
   }
   begin_autocast(shares_casts, inside_fn);
   for (const auto& mode : state.function_modes_) {
-    if (!is_active<PythonTorchFunctionTLS>(mode)) {
+    if (is_missing<PythonTorchFunctionTLS>(state.function_modes_, mode)) {
       PythonTorchFunctionTLS::push_onto_stack(mode);
       ++change.function_modes;
     }
   }
   for (const auto& mode : state.dispatch_modes_) {
-    if (!is_active<TorchDispatchModeTLS>(mode)) {
+    if (is_missing<TorchDispatchModeTLS>(state.dispatch_modes_, mode)) {
       TorchDispatchModeTLS::push_non_infra_mode_onto_stack(mode);
       ++change.dispatch_modes;
     }
@@ -376,6 +392,7 @@ AmbientScope::~AmbientScope() {
   if (change_) {
     leave_modes();
   }
+  PythonTorchFunctionTLS::set_disabled_state(outer.torch_function);
   outer.autocast.apply(outer.autocast.counterpart());
   if (change_ && change_->nests) {
     set_autocast_nesting(change_->outer_nesting);

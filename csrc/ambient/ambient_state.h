@@ -10,6 +10,8 @@
 //                   they are observers (profilers, counters) who want to see it.
 //                   But those that fn itself has entered before a backward inside of it
 //                   are not around the replay, which enters them again.
+//   torch function  switched off, for tensor subclasses or altogether: so runs a backward that
+//                   is called on a tensor subclass, which its forward did not.
 //   default device  is a TorchFunction mode of torch's. One that is active around the
 //                   replay alone is no observer: the CPU's is pushed on top of it.
 //   device          the current one of an accelerator: torch.cuda.device(1). Its current
@@ -70,6 +72,8 @@ struct AutocastState {
 struct AmbientSettings {
   const TorchFlags* flags = nullptr;
   std::optional<c10::Device> device;
+  at::impl::TorchFunctionDisabledState torch_function =
+      at::impl::TorchFunctionDisabledState::ENABLED;
   AutocastState autocast;
 
   static AmbientSettings current();

@@ -85,7 +85,8 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
   }
   if (!is_plain_container(value) && is_tensor(value)) {
     tensors.push_back(THPVariable_Unpack(value));
-    nodes_.push_back({Kind::kTensor, 0, Ref()});
+    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+    nodes_.push_back({Kind::kTensor, 0, type == THPVariableClass ? Ref() : Ref::borrow(type)});
     return true;
   }
   const bool named = is_named_tuple(value);
@@ -158,12 +159,34 @@ void Structure::take_items_apart(PyObject* dict, std::vector<at::Tensor>& tensor
   }
 }
 
+namespace {
+
+// A tensor that has lost its subclass on its way through C++ (detach, hooks) gets it again. Those
+// with __torch_dispatch__ keep theirs.
+Ref of_type(Ref tensor, PyObject* type) {
+  if (type == nullptr || !is_exactly(tensor.get(), THPVariableClass)) {
+    return tensor;
+  }
+  if (Py_REFCNT(tensor.get()) == 1 &&
+      PyObject_SetAttrString(tensor.get(), "__class__", type) == 0) {
+    return tensor;
+  }
+  PyErr_Clear();
+  Ref other = Ref::steal(PyObject_CallMethod(tensor.get(), "as_subclass", "O", type));
+  if (!other) {
+    PyErr_Clear();
+  }
+  return other ? std::move(other) : std::move(tensor);
+}
+
+}  // namespace
+
 template <typename Leaf>
 Ref Structure::put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const {
   const Node& n = nodes_[node++];
   switch (n.kind) {
     case Kind::kTensor:
-      return leaf();
+      return of_type(leaf(), n.object.get());
     case Kind::kObject:
       return Ref::borrow(n.object.get());
     case Kind::kShared:

@@ -50,7 +50,7 @@ class Structure {
 
  private:
   enum class Kind : uint8_t {
-    kTensor,
+    kTensor,      // object: its subclass, if it is of one
     kObject,      // object: the value
     kTuple,       // count items follow
     kNamedTuple,  // object: the type
