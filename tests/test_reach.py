@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -202,6 +203,70 @@ def test_modules_that_share_a_part_count_it_once() -> None:
         return outs, grads([x]), shared.count
 
     assert_exact(program, replays=3)
+
+
+def as_a_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x)
+
+
+def as_a_method(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return module.forward
+
+
+def as_a_partial(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return functools.partial(module.forward)
+
+
+def as_a_method_of_an_object(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    class Holder:
+        def __init__(self) -> None:
+            self.module = module
+
+        def call(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    return Holder().call
+
+
+AS_A_CALLABLE = [as_a_function, as_a_method, as_a_partial, as_a_method_of_an_object]
+
+
+@both_forms
+@pytest.mark.parametrize("place", ["argument", "list", "keyword", "closure", "partial"])
+@pytest.mark.parametrize("made", AS_A_CALLABLE)
+def test_what_functions_among_the_arguments_and_in_the_closure_reach(
+    made: Callable[[nn.Module], Callable[[Tensor], Tensor]], place: str, use_reentrant: bool
+) -> None:
+    class Drawing(Counter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = generator(30)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sin() * torch.rand(4, generator=self.generator)
+
+    def apply(function: Any, x: Tensor) -> Tensor:
+        return (function[0] if isinstance(function, list) else function)(x).tanh()
+
+    def program(run: Run) -> Any:
+        module, x, outs = Drawing(), leaf(3, 4), []
+        for _ in range(2):
+            function = made(module)
+            outs.append(
+                run(apply, function, x)
+                if place == "argument"
+                else run(apply, [function], x)
+                if place == "list"
+                else run(lambda x, *, inner: apply(inner, x), x, inner=function)
+                if place == "keyword"
+                else run(lambda x: apply(function, x), x)  # noqa: B023
+                if place == "closure"
+                else run(functools.partial(apply, function), x)
+            )
+            outs[-1].sum().backward()
+        return outs, grads([x]), module.count, module.generator.get_state()
+
+    assert_exact(program, replays=2, use_reentrant=use_reentrant)
 
 
 FIRST, SECOND = generator(20), generator(21)

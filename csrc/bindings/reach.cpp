@@ -250,11 +250,11 @@ class Search {
       if (inner && args && keywords && is_new(object)) {
         callable(inner.get());
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args.get()); ++i) {
-          value(PyTuple_GET_ITEM(args.get(), i), nullptr, true);
+          used(PyTuple_GET_ITEM(args.get(), i), nullptr);
         }
         PyObject *key = nullptr, *entry = nullptr;
         for (Py_ssize_t position = 0; PyDict_Next(keywords.get(), &position, &key, &entry) != 0;) {
-          value(entry, key, true);
+          used(entry, key);
         }
       }
     } else if (!PyCFunction_Check(object)) {
@@ -268,14 +268,8 @@ class Search {
 
   // An argument: true if it is a generator or a module.
   bool argument(PyObject* object) {
-    if (kind_of(object) == Kind::kOther) {
-      if (is_object_with_attributes(object)) {
-        object_with_attributes(object, /*certain=*/false);
-      }
-      return false;
-    }
-    item(object, nullptr, true);
-    return true;
+    used(object, nullptr);
+    return kind_of(object) != Kind::kOther;
   }
 
  private:
@@ -302,6 +296,19 @@ class Search {
       }
     } else {
       item(object, name, certain);
+    }
+  }
+
+  // What a function is given, or closes over: it uses that, and calls what can be called.
+  void used(PyObject* object, PyObject* name) {
+    value(object, name, true);
+    if (kind_of(object) != Kind::kOther) {
+      return;
+    }
+    if (PyMethod_Check(object) ? is_new(object) : PyObject_TypeCheck(object, partial_type()) != 0) {
+      callable(object);
+    } else if (is_object_with_attributes(object)) {
+      object_with_attributes(object, /*certain=*/false);
     }
   }
 
@@ -472,10 +479,7 @@ class Search {
           named_attributes(content, names);
           continue;
         }
-        value(content, name, true);
-        if (kind_of(content) == Kind::kOther && is_object_with_attributes(content)) {
-          object_with_attributes(content, false);
-        }
+        used(content, name);
       }
     }
     for (PyObject* defaults :
