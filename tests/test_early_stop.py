@@ -7,6 +7,7 @@ early_stop.h); large ones it is thrown through. What the program sees must be th
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -241,6 +242,43 @@ def test_nested_replays_stop_where_they_should(size: int) -> None:
     checkpointed()(outer, x).sum().backward()
     # The replay of the outer one has a forward of the inner one, and stops in exp.
     assert marks.calls == [["inner", "outer"], ["inner"]]
+
+
+@SIZES
+@pytest.mark.parametrize("how", ["except", "cause", "context manager"])
+def test_a_function_that_ends_the_program_on_any_error_does_not(size: int, how: str) -> None:
+    @contextmanager
+    def exiting() -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            raise SystemExit("no result") from error
+
+    def fn(x: Tensor) -> Tensor:
+        if how == "context manager":
+            with exiting():
+                return torch.exp(x).sin()
+        try:
+            return torch.exp(x).sin()
+        except BaseException as error:
+            if how == "cause":
+                raise SystemExit("no result") from error
+            sys.exit("no result")
+
+    forward_and_replay(fn, size)
+
+
+@SIZES
+def test_an_interrupt_during_the_stop_is_the_users(size: int) -> None:
+    def fn(x: Tensor) -> Tensor:
+        try:
+            return torch.exp(x).sin()
+        except BaseException as error:
+            raise KeyboardInterrupt from error
+
+    out = checkpointed()(fn, leaf(size, size))
+    with pytest.raises(KeyboardInterrupt):
+        out.sum().backward()
 
 
 def test_an_error_of_the_operator_that_finishes_is_dropped() -> None:

@@ -85,6 +85,33 @@ void clear_early_stop() {
   }
 }
 
+// Has fn turned the exception that ends a replay into this one (except BaseException: sys.exit())?
+// Ctrl-C is the user's.
+bool comes_of_early_stop(PyObject* error) {
+  if (PyErr_GivenExceptionMatches(error, PyExc_KeyboardInterrupt) != 0) {
+    return false;
+  }
+  Ref link = Ref::borrow(error);
+  for (int i = 0; link && i < 64; ++i) {
+    if (PyErr_GivenExceptionMatches(link.get(), early_stop_type()) != 0) {
+      return true;
+    }
+    Ref next = Ref::steal(PyException_GetContext(link.get()));
+    link = next ? std::move(next) : Ref::steal(PyException_GetCause(link.get()));
+  }
+  return false;
+}
+
+// The error that is set, made an exception.
+bool error_comes_of_early_stop() {
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  PyErr_NormalizeException(&type, &value, &traceback);
+  const bool does = value != nullptr && comes_of_early_stop(value);
+  PyErr_Restore(type, value, traceback);
+  return does;
+}
+
 }  // namespace
 
 PythonProgram::PythonProgram(PyObject* function, PyObject* args, PyObject* kwargs,
@@ -335,7 +362,7 @@ Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
   }
   if (stop) {
     const bool untouched = PyErr_ExceptionMatches(early_stop_type()) != 0;
-    if (untouched || PyErr_ExceptionMatches(PyExc_Exception) != 0) {
+    if (untouched || PyErr_ExceptionMatches(PyExc_Exception) != 0 || error_comes_of_early_stop()) {
       untouched ? clear_early_stop() : PyErr_Clear();
       return untouched ? Outcome::kStopped : Outcome::kWentOnAfterStop;
     }
