@@ -320,6 +320,42 @@ def test_nested_segments_change_a_buffer_once() -> None:
     assert_exact(program)
 
 
+class Codebook(nn.Module):
+    """Larger than what is copied at every call."""
+
+    entries: Tensor
+
+    def __init__(self, through_data: bool) -> None:
+        super().__init__()
+        self.register_buffer("entries", torch.rand(3, 8192))
+        self.through_data = through_data
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.entries[:, 0].clone()
+        if self.training:
+            with torch.no_grad():
+                entries = self.entries.data if self.through_data else self.entries
+                entries.mul_(0.9).add_(1)
+        return (y * self.entries[:, 1].clone()).tanh()
+
+
+@both_forms
+@pytest.mark.parametrize("through_data", [False, True], ids=["in place", "data"])
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+def test_a_large_buffer_is_changed_once_from_the_first_step_on(
+    nested: bool, through_data: bool, use_reentrant: bool
+) -> None:
+    def program(run: Run) -> Any:
+        module, x, outs = Codebook(through_data), leaf(4, 3), []
+        for step in range(4):
+            module.train(step != 1)
+            outs.append(run(lambda x: run(module, x.sin()) if nested else module(x), x))
+            outs[-1].sum().backward()
+        return outs, grads([x]), module.entries[:, :2].clone()
+
+    assert_exact(program, use_reentrant=use_reentrant)
+
+
 def test_submodules_that_come_and_go_are_seen() -> None:
     def program(run: Run) -> Any:
         module = nn.Sequential(nn.Linear(3, 3))

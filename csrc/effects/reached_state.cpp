@@ -31,31 +31,34 @@ class KnownStorages {
     return *known;
   }
 
-  // Must the storage be copied? True the first time.
+  // Must the storage be copied? True until a forward is known to have left it alone.
   bool may_change(const c10::intrusive_ptr<c10::StorageImpl>& storage, bool training) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto [it, fresh] = known_.try_emplace(storage.get(), storage);
-    const bool met = training ? it->second.met_in_training : it->second.met_in_evaluation;
-    (training ? it->second.met_in_training : it->second.met_in_evaluation) = true;
     if (fresh && known_.size() > next_tidying_) {
       tidy();
     }
-    return !met || it->second.changes;
+    const Entry& entry = it->second;
+    return entry.changes || !(training ? entry.kept_in_training : entry.kept_in_evaluation);
   }
 
-  void set_changes(const c10::StorageImpl* storage) {
+  // What a forward has done to it. Of those alone that it was asked of.
+  void learn(const c10::StorageImpl* storage, bool training, bool changed) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (auto it = known_.find(storage); it != known_.end()) {
-      it->second.changes = true;
+    auto it = known_.find(storage);
+    if (it == known_.end()) {
+      return;
     }
+    Entry& entry = it->second;
+    (changed ? entry.changes : training ? entry.kept_in_training : entry.kept_in_evaluation) = true;
   }
 
  private:
   struct Entry {
     explicit Entry(const c10::intrusive_ptr<c10::StorageImpl>& storage) : weak(storage) {}
     c10::weak_intrusive_ptr<c10::StorageImpl> weak;
-    bool met_in_training = false;
-    bool met_in_evaluation = false;
+    bool kept_in_training = false;
+    bool kept_in_evaluation = false;
     bool changes = false;
   };
 
@@ -137,14 +140,17 @@ void ReachedState::note(c10::ArrayRef<Reached> reached) {
     const auto held = c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(impl);
     const bool is_small = impl->nbytes() <= kSmall;
     bool copy = running;
+    bool is_learned = false;
     if (!copy && is_small && impl->device_type() == c10::kCPU && small < kMostSmall) {
       copy = true;
       small += impl->nbytes();
     } else if (!copy && (is_small || may_be_large)) {
+      is_learned = true;
       copy = KnownStorages::get().may_change(held, training);
     }
     storages_.emplace_back(Kept{c10::weak_intrusive_ptr<c10::StorageImpl>(held),
-                                copy ? copy_of(storage) : c10::Storage(), training, running});
+                                copy ? copy_of(storage) : c10::Storage(), training, running,
+                                is_learned});
   }
 }
 
@@ -168,15 +174,17 @@ void ReachedState::settle() {
       kept.changed = true;
     }
     const bool on_cpu = kept.begin && kept.begin.device_type() == c10::kCPU;
-    if (!kept.changed && on_cpu && kept.begin.nbytes() <= kSmall) {
+    if (!kept.changed && on_cpu) {  // .data and batch_norm change no version
       const auto storage = kept.storage.lock();
       kept.changed = storage && !same_bytes(kept.begin, *storage);
+    }
+    if (kept.is_learned && (kept.changed || kept.begin)) {
+      KnownStorages::get().learn(kept.storage._unsafe_get_target(), kept.training, kept.changed);
     }
     if (!kept.changed) {
       kept.begin = c10::Storage();
       continue;
     }
-    KnownStorages::get().set_changes(kept.storage._unsafe_get_target());
     kept.lost = !kept.begin;
     changes_ = true;
   }
@@ -198,6 +206,13 @@ ReachedState::Problem ReachedState::first_problem(size_t* from) const {
     }
   }
   return {};
+}
+
+bool ReachedState::has_left_alone(const c10::TensorImpl* tensor) const {
+  return std::any_of(noted_.begin(), noted_.end(), [tensor](const Noted& noted) {
+    return noted.tensor._unsafe_get_target() == tensor &&
+           noted.version.current_version() == noted.begin_version;
+  });
 }
 
 size_t ReachedState::nbytes() const {

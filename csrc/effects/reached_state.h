@@ -15,9 +15,9 @@
 // running statistics without a word. So storages of the CPU up to kSmall bytes are
 // copied at every begin and compared at the end, which takes less than a microsecond.
 // Comparing on a device would wait for it, and copies of large storages (masks,
-// codebooks) cost too much; those are copied the first time they are met in training
-// and the first time in evaluation, and after that only if they were changed then.
-// Where one is changed later for the first time, what it was is lost; a replay then
+// codebooks) cost too much; those are copied until a forward in training, and one in
+// evaluation, is seen to leave them alone. Those that are copied on the CPU are compared
+// as well. Where one is changed later for the first time, what it was is lost; a replay then
 // refuses to run and names it. Running statistics on a device are always copied, in
 // training.
 //
@@ -90,6 +90,9 @@ class ReachedState {
   // while the forward runs.
   Problem first_problem(size_t* from) const;
 
+  // Was it there before the forward, and is it as it was by its version?
+  bool has_left_alone(const c10::TensorImpl* tensor) const;
+
   // Bytes of the copies.
   size_t nbytes() const;
 
@@ -112,6 +115,7 @@ class ReachedState {
     c10::Storage begin;  // a copy; empty: none was taken, or it is not needed
     bool training;
     bool running;
+    bool is_learned;  // whether fn changes it
     bool changed = false;
     bool lost = false;
   };
