@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from torch_reprise import (
+    CheckpointError,
     CheckpointFunction,
     check_backward_validity,
     checkpoint,
@@ -119,6 +120,42 @@ def test_outputs_that_are_inputs() -> None:
         return same, product, grads([x, y])
 
     exact(program)
+
+
+def test_outputs_that_were_there_before() -> None:
+    """They are what they are in the plain program: themselves, with the history that they have."""
+
+    def program(run: Run) -> Any:
+        x, weight, constant = leaf(3), nn.Parameter(torch.rand(3)), torch.rand(3)
+        norm, closed_over = nn.BatchNorm1d(3), leaf(3) + 1  # whose history saves nothing
+        module = nn.Module()
+        module.forward = lambda x: (norm(x[None].repeat(2, 1)), norm.weight)  # type: ignore[method-assign]
+        outs = [
+            run(lambda x: ((x * constant).tanh(), constant), x),
+            run(lambda x: ((x * weight).tanh(), weight), x),
+            run(lambda x: ((x * closed_over).tanh(), closed_over), x),
+            run(module, x),
+        ]
+        assert [outs[0][1] is constant, outs[1][1] is weight, outs[2][1] is closed_over] == [
+            True
+        ] * 3
+        sum((y * z).sum() for y, z in outs).backward()
+        return outs, constant, grads([x, weight, *norm.parameters()])
+
+    exact(program, replays=4)
+
+
+def test_an_output_that_was_there_before_and_is_not_found_is_an_error() -> None:
+    hidden = [[torch.rand(3)]]  # two levels deep
+
+    def fn(x: Tensor) -> Any:
+        return (x * hidden[0][0]).tanh(), hidden[0][0]
+
+    out, _ = checkpointed(use_reentrant=True)(fn, leaf(3))
+    text = message_of(CheckpointError, lambda: out.sum().backward())
+    assert "fn returns, as output 1, a tensor that was there before" in text
+    assert "return a copy of it" in text
+    hidden.clear()  # which has the segment behind it
 
 
 def test_one_of_several_outputs_is_used() -> None:

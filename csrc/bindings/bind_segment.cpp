@@ -211,6 +211,18 @@ std::unique_ptr<OpenSegment> open_segment(const py::object& function, const py::
                     debug_session.is_none() ? nullptr : debug_session.ptr(), Py_None));
 }
 
+// Does fn return a tensor that it was not given and did not make: a parameter, a buffer, a
+// constant? That keeps the history that it has, or none.
+bool was_there_before(const at::Tensor& output, const std::vector<at::Tensor>& inputs,
+                      const ReachedState& reached) {
+  const auto* impl = output.unsafeGetTensorImpl();
+  const bool is_input = std::any_of(inputs.begin(), inputs.end(), [impl](const at::Tensor& input) {
+    return input.unsafeGetTensorImpl() == impl;
+  });
+  return !is_input &&
+         ((output.requires_grad() && output.is_leaf()) || reached.has_left_alone(impl));
+}
+
 // One checkpointed call in the reentrant form. `generators`, a tuple, may be None.
 PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
                         PyObject* generators) {
@@ -267,11 +279,16 @@ PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, lo
     size_t next = 0;
     return structure.build(found, &next).release();
   }
-  const std::vector<std::optional<at::Tensor>> outputs(found.begin(), found.end());
-  found.clear();
+  std::vector<std::optional<at::Tensor>> outputs(found.begin(), found.end());
+  for (auto& output : outputs) {
+    if (was_there_before(*output, inputs, segment->reached())) {
+      output.reset();
+    }
+  }
   std::vector<Ref> joined;
-  for (auto& output : join_graph(std::move(segment), inputs, outputs)) {
-    joined.push_back(checked(THPVariable_Wrap(*output)));
+  auto wrapped = join_graph(std::move(segment), inputs, outputs);
+  for (size_t i = 0; i < found.size(); ++i) {
+    joined.push_back(checked(THPVariable_Wrap(wrapped[i].has_value() ? *wrapped[i] : found[i])));
   }
   size_t next = 0;
   return structure.build(joined, &next).release();

@@ -294,6 +294,14 @@ ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
   ag::variable_list root_grads;
   bool any_output_has_history = false;
   for (size_t i = 0; i < outputs.size(); ++i) {
+    if (outputs[i].grad_fn().get() == this) {
+      throw_checkpoint_error(c10::str(
+          "torch_reprise: ", segment.name(), " returns, as output ", i,
+          ", a tensor that was there before it was called and that is not among its arguments. "
+          "With use_reentrant=True what is returned comes out of the segment, so that the replay "
+          "found itself in that tensor's history: return a copy of it, or pass "
+          "use_reentrant=False."));
+    }
     any_output_has_history |= outputs[i].requires_grad();
     if (outputs[i].requires_grad() && grads[i].defined()) {
       if (outputs[i].sym_sizes() != grads[i].sym_sizes()) {
