@@ -507,6 +507,11 @@ bool is_output_of_newest_node(const at::Tensor& tensor) {
          meta->grad_fn_->sequence_nr() + 1 == at::sequence_number::peek();
 }
 
+bool has_history_from_before(const at::Tensor& tensor, uint64_t number) {
+  const auto& node = tensor.grad_fn();
+  return node ? node->sequence_nr() < number : tensor.requires_grad();
+}
+
 bool graph_task_is_restricted() {
   const auto* exec_info = ag::get_current_graph_task_exec_info();
   return exec_info != nullptr && !exec_info->empty();

@@ -202,6 +202,9 @@ bool running_node_unpacks_once();
 // numbered per thread (2.13, 2.14). A wrong answer costs time, nothing else.
 bool is_output_of_newest_node(const at::Tensor& tensor);
 
+// Does it require grad, and did it before this thread made the node of this number?
+bool has_history_from_before(const at::Tensor& tensor, uint64_t number);
+
 // Is this backward call restricted to some inputs (autograd.grad, inputs=)?
 bool graph_task_is_restricted();
 // In a restricted backward call: was the gradient of this leaf asked for? Inside

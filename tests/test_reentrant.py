@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -143,6 +145,47 @@ def test_outputs_that_were_there_before() -> None:
         return outs, constant, grads([x, weight, *norm.parameters()])
 
     exact(program, replays=4)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    first: Any
+    rest: Any = None
+
+
+class Output(OrderedDict[str, Any]):
+    """A mapping whose items are attributes too."""
+
+    def __init__(self, first: Any, rest: Any = None) -> None:
+        super().__init__()
+        self["first"], self["rest"] = first, rest
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize(
+    "kind", [Frozen, dataclasses.make_dataclass("Open", ["first", "rest"]), Output]
+)
+def test_outputs_in_dataclasses_and_mappings_of_the_users(kind: Any) -> None:
+    def program(run: Run) -> Any:
+        x, y = leaf(3), leaf(3)
+        state = [x.sin()]
+
+        def fn(x: Tensor, y: Tensor) -> Any:
+            made.append(kind((x * y).exp(), [kind(x.cos(), 3), (y, state[0])]))
+            return made[-1]
+
+        made: list[Any] = []
+        out = run(fn, x, y)
+        assert out is made[0]
+        inner, (same, before) = out.rest
+        assert before is state[0]
+        ((out.first * inner.first * same).sum() + before.sum()).backward()
+        return out.first, inner.first, inner.rest, same, before, grads([x, y])
+
+    exact(program)
 
 
 def test_an_output_that_was_there_before_and_is_not_found_is_an_error() -> None:

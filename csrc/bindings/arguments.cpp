@@ -53,11 +53,53 @@ bool is_named_tuple(PyObject* value) {
          PyObject_HasAttrString(type, "n_sequence_fields");
 }
 
+// A list of names and values, of a mapping or of a dataclass; null for other objects.
+Ref fields_of(PyObject* value) {
+  if (PyDict_Check(value)) {
+    Ref items = Ref::steal(PyMapping_Items(value));
+    PyErr_Clear();
+    return items;
+  }
+  const Ref names = Ref::steal(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(value)), "__dataclass_fields__"));
+  PyErr_Clear();
+  if (!names || !PyDict_Check(names.get())) {
+    return Ref();
+  }
+  Ref fields = checked(PyList_New(0));
+  PyObject *name = nullptr, *field = nullptr;
+  for (Py_ssize_t position = 0; PyDict_Next(names.get(), &position, &name, &field) != 0;) {
+    const Ref content = Ref::steal(PyObject_GenericGetAttr(value, name));
+    if (!content) {
+      PyErr_Clear();
+    } else if (PyList_Append(fields.get(), checked(PyTuple_Pack(2, name, content.get())).get()) !=
+               0) {
+      throw_python_error();
+    }
+  }
+  return fields;
+}
+
+// Leaves what is there already, which may be frozen.
+void set_field(PyObject* object, PyObject* name, PyObject* value) {
+  const bool is_mapping = PyDict_Check(object);
+  const Ref there = Ref::steal(is_mapping ? PyObject_GetItem(object, name)
+                                          : PyObject_GenericGetAttr(object, name));
+  if (there.get() == value) {
+    return;
+  }
+  PyErr_Clear();
+  if ((is_mapping ? PyObject_SetItem(object, name, value)
+                  : PyObject_GenericSetAttr(object, name, value)) != 0) {
+    throw_python_error();
+  }
+}
+
 }  // namespace
 
 Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors,
-                     std::vector<PyObject*>* others)
-    : others_(others) {
+                     std::vector<PyObject*>* others, Of of)
+    : others_(others), of_(of) {
   Known known;
   take_apart(value, tensors, known);
   others_ = nullptr;
@@ -112,6 +154,18 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
   if (!is_list && !is_dict &&
       !(PyDict_Check(value) &&
         (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
+    if (const Ref fields = of_ == Of::kResult ? fields_of(value) : Ref()) {
+      const auto number = static_cast<uint32_t>(known.size());
+      const auto [it, fresh] = known.emplace(value, number);
+      nodes_.push_back({fresh ? Kind::kFields : Kind::kShared,
+                        fresh ? static_cast<uint32_t>(PyList_GET_SIZE(fields.get())) : it->second,
+                        fresh ? Ref::borrow(value) : Ref()});
+      if (fresh) {
+        const RecursionGuard guard;
+        take_items_apart(fields.get(), tensors, known);
+      }
+      return true;
+    }
     if (others_ != nullptr) {
       others_->push_back(value);
     }
@@ -144,16 +198,15 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
       Ref factory = checked(PyObject_GetAttrString(value, "default_factory"));
       nodes_.push_back({Kind::kDefaultDict, count, std::move(factory)});
     }
-    take_items_apart(value, tensors, known);
+    // A list of its items: OrderedDict has an order of its own.
+    take_items_apart(checked(PyMapping_Items(value)).get(), tensors, known);
   }
   return true;
 }
 
-void Structure::take_items_apart(PyObject* dict, std::vector<at::Tensor>& tensors, Known& known) {
-  // A list of its items: OrderedDict has an order of its own.
-  Ref items = checked(PyMapping_Items(dict));
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items.get()); ++i) {
-    PyObject* item = PyList_GET_ITEM(items.get(), i);
+void Structure::take_items_apart(PyObject* items, std::vector<at::Tensor>& tensors, Known& known) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items); ++i) {
+    PyObject* item = PyList_GET_ITEM(items, i);
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(PyTuple_GET_ITEM(item, 0))});
     take_apart(PyTuple_GET_ITEM(item, 1), tensors, known);
   }
@@ -236,6 +289,15 @@ Ref Structure::put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf)
       }
       return dict;
     }
+    case Kind::kFields: {
+      shared.push_back(Ref::borrow(n.object.get()));
+      for (uint32_t i = 0; i < n.count; ++i) {
+        PyObject* name = nodes_[node++].object.get();
+        const Ref value = put_together(node, shared, leaf);
+        set_field(n.object.get(), name, value.get());
+      }
+      return Ref::borrow(n.object.get());
+    }
   }
   return Ref();
 }
@@ -273,6 +335,7 @@ bool Structure::find(size_t& node, size_t& index, std::string& path) const {
     case Kind::kDict:
     case Kind::kOrderedDict:
     case Kind::kDefaultDict:
+    case Kind::kFields:
       for (uint32_t i = 0; i < n.count; ++i) {
         PyObject* key = nodes_[node++].object.get();
         if (find(node, index, path)) {

@@ -9,6 +9,9 @@
 // defaultdict, to any depth, shared and cyclic ones included. Every other object
 // is passed through as it is.
 //
+// Results are taken apart as well where their tensors come out of a graph of ours. There,
+// dataclasses and subclasses of dict are containers too; they stay the objects that they are.
+//
 // Every member needs the interpreter lock, the destructor too.
 #pragma once
 
@@ -27,12 +30,14 @@ namespace reprise::bindings {
 
 class Structure {
  public:
+  enum class Of : uint8_t { kArguments, kResult };
+
   // Takes `value` apart; its tensors are appended to `tensors`.
   // Throws the Python error that a broken container raises.
   // Everything else that a function could draw from or change is appended to `others`
   // (borrowed), if it is given.
   Structure(PyObject* value, std::vector<at::Tensor>& tensors,
-            std::vector<PyObject*>* others = nullptr);
+            std::vector<PyObject*>* others = nullptr, Of of = Of::kArguments);
 
   // How to get from the value to its tensor number `index`: "[2]['mask']"; empty if it
   // has fewer, which are then taken off `index`. Steps through shared containers are those
@@ -58,7 +63,8 @@ class Structure {
     kDict,        // count times key object, value
     kOrderedDict,
     kDefaultDict,  // object: the factory
-    kShared,       // count: the number of a list or dict met before
+    kFields,       // object: a dataclass or mapping, count times key object, value
+    kShared,       // count: the number of a mutable container met before
   };
   struct Node {
     Kind kind;
@@ -69,7 +75,7 @@ class Structure {
 
   // True if the value must be rebuilt: a tensor or a mutable container is in it.
   bool take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known);
-  void take_items_apart(PyObject* dict, std::vector<at::Tensor>& tensors, Known& known);
+  void take_items_apart(PyObject* items, std::vector<at::Tensor>& tensors, Known& known);
 
   template <typename Leaf>
   Ref put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const;
@@ -79,6 +85,7 @@ class Structure {
 
   c10::SmallVector<Node, 4> nodes_;  // preorder
   std::vector<PyObject*>* others_;   // only while it is made
+  Of of_;
 };
 
 }  // namespace reprise::bindings

@@ -214,13 +214,13 @@ std::unique_ptr<OpenSegment> open_segment(const py::object& function, const py::
 // Does fn return a tensor that it was not given and did not make: a parameter, a buffer, a
 // constant? That keeps the history that it has, or none.
 bool was_there_before(const at::Tensor& output, const std::vector<at::Tensor>& inputs,
-                      const ReachedState& reached) {
+                      const Segment& segment) {
   const auto* impl = output.unsafeGetTensorImpl();
   const bool is_input = std::any_of(inputs.begin(), inputs.end(), [impl](const at::Tensor& input) {
     return input.unsafeGetTensorImpl() == impl;
   });
-  return !is_input &&
-         ((output.requires_grad() && output.is_leaf()) || reached.has_left_alone(impl));
+  return !is_input && (compat::has_history_from_before(output, segment.first_node()) ||
+                       segment.reached().has_left_alone(impl));
 }
 
 // One checkpointed call in the reentrant form. `generators`, a tuple, may be None.
@@ -273,7 +273,7 @@ PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, lo
   held.settle();
   segment->end_forward();
   std::vector<at::Tensor> found;
-  const Structure structure(result.get(), found);
+  const Structure structure(result.get(), found, nullptr, Structure::Of::kResult);
   result = Ref();
   if (found.empty()) {
     size_t next = 0;
@@ -281,7 +281,7 @@ PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, lo
   }
   std::vector<std::optional<at::Tensor>> outputs(found.begin(), found.end());
   for (auto& output : outputs) {
-    if (was_there_before(*output, inputs, segment->reached())) {
+    if (was_there_before(*output, inputs, *segment)) {
       output.reset();
     }
   }

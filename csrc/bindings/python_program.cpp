@@ -378,7 +378,7 @@ std::vector<at::Tensor> PythonProgram::run_for_outputs(std::vector<at::Tensor> i
     throw_python_error();
   }
   std::vector<at::Tensor> outputs;
-  const Structure structure(result.get(), outputs);
+  const Structure structure(result.get(), outputs, nullptr, Structure::Of::kResult);
   return outputs;
 }
 

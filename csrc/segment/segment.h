@@ -164,6 +164,8 @@ class Segment final : public Recorder, public Pooled<Segment> {
   // Null where it is ignored.
   const AmbientState* ambient() const { return ambient_.get(); }
   const ReachedState& reached() const { return reached_; }
+  // The number on the forward's thread of the first autograd node that fn can make.
+  uint64_t first_node() const { return first_node_; }
   const SegmentOptions& options() const { return options_; }
   const std::shared_ptr<LedgerRow>& row() const { return watched().row; }
   const std::shared_ptr<Timeline>& timeline() const { return watched().timeline; }
@@ -287,7 +289,7 @@ class Segment final : public Recorder, public Pooled<Segment> {
 
   Previous previous_;        // written in begin(), read-only until it is dropped
   uint64_t unseen_ = 0;      // Ahead::unseen() when it began
-  uint64_t first_node_ = 0;  // fn makes this and later ones, by number on forward_thread_
+  uint64_t first_node_ = 0;  // see first_node()
 
   // Of the thread that runs the forward, and used by it alone: the newest autograd
   // node when the last slot was recorded, by its number on this thread, and the line
