@@ -3,9 +3,11 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -116,6 +118,16 @@ class _CosineFunctions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class _DoubledSines(TorchFunctionMode):
+    """Counts for as often as it is entered."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.Tensor.sin else result
+
+
 class _CosineOperators(TorchDispatchMode):
     """Makes sine cosine below autograd, so that gradients do not know."""
 
@@ -127,22 +139,53 @@ class _CosineOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _modes(title: str, mode: type[Any]) -> None:
-    @case("A4", title, issues=(147995, 84864))
+class _CosineTensor(Tensor):
+    """Its sine is the cosine."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        function = Tensor.cos if function is Tensor.sin else function
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def _in_the_forward(
+    title: str, enter: Callable[[], AbstractContextManager[object]], kind: type[Tensor] = Tensor
+) -> None:
+    @case("A4", title, issues=(147995, 84864) if kind is Tensor else ())
     def program(use: Implementation) -> Any:
         def fn(x: Tensor) -> Tensor:
             use.tick()
             return x.sin().exp()
 
-        x = leaf(4)
-        with mode():
+        x = leaf(4).detach().as_subclass(kind).requires_grad_()
+        with enter():
             out = use.checkpoint(fn, x)
         out.sum().backward()
         return {"output": out, "gradient": x.grad}
 
 
-_modes("TorchFunctionMode around the forward alone", _CosineFunctions)
-_modes("TorchDispatchMode around the forward alone", _CosineOperators)
+def _twice(mode: AbstractContextManager[object]) -> AbstractContextManager[object]:
+    entered = contextlib.ExitStack()
+    entered.enter_context(mode)
+    entered.enter_context(mode)
+    return entered
+
+
+_in_the_forward("TorchFunctionMode around the forward alone", _CosineFunctions)
+_in_the_forward("TorchDispatchMode around the forward alone", _CosineOperators)
+_in_the_forward("a TorchFunctionMode that is entered in itself", lambda: _twice(_DoubledSines()))
+_in_the_forward(
+    "a subclass of Tensor with __torch_function__: its backward runs without",
+    contextlib.nullcontext,
+    _CosineTensor,
+)
+_in_the_forward(
+    "__torch_function__ switched off around the forward alone",
+    torch._C.DisableTorchFunctionSubclass,
+    _CosineTensor,
+)
 
 _scale = contextvars.ContextVar("scale", default=1.0)
 

@@ -88,6 +88,20 @@ _with_buffers("S2", "a codebook that follows its inputs", _Codebook)
 _with_buffers("S2", "a mean that the module gives itself anew", _Mean)
 
 
+@case("S1", "running statistics of batch norm, whose forward is an argument")
+def batch_norm_by_an_argument(use: Implementation) -> Any:
+    module = nn.BatchNorm1d(4).train()
+
+    def apply(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        use.tick()
+        return layer(x.sin()).exp()
+
+    x = leaf(5, 4)
+    out = use.checkpoint(apply, module.forward, x)
+    out.sum().backward()
+    return {"output": out, "gradient": x.grad, "buffer": dict(module.named_buffers())}
+
+
 @case("S2", "an embedding with max_norm, which scales its rows in the forward")
 def scaled_embedding(use: Implementation) -> Any:
     embedding = nn.Embedding(40, 65, max_norm=3.0)  # twice is not once, to the last bit
