@@ -508,8 +508,12 @@ bool is_output_of_newest_node(const at::Tensor& tensor) {
 }
 
 bool has_history_from_before(const at::Tensor& tensor, uint64_t number) {
-  const auto& node = tensor.grad_fn();
-  return node ? node->sequence_nr() < number : tensor.requires_grad();
+  // Not by requires_grad(): a view asks its base, and has a history from there on alone.
+  const auto* meta = ag::impl::get_autograd_meta(tensor);
+  if (meta == nullptr) {
+    return false;
+  }
+  return meta->grad_fn_ ? meta->grad_fn_->sequence_nr() < number : meta->requires_grad_;
 }
 
 bool graph_task_is_restricted() {
@@ -532,12 +536,12 @@ WantedLeaves::WantedLeaves(const void* wanted) : outer_(t_wanted_leaves) {
 
 WantedLeaves::~WantedLeaves() { t_wanted_leaves = outer_; }
 
-bool graph_task_wants_leaf(ag::Node* grad_accumulator) {
+bool graph_task_wants(ag::Node* node) {
   const auto* exec_info = static_cast<const ExecInfo*>(wanted_leaves());
   if (exec_info == nullptr) {
     return false;
   }
-  auto it = exec_info->find(grad_accumulator);
+  auto it = exec_info->find(node);
   return it != exec_info->end() && it->second.should_execute();
 }
 

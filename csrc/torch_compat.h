@@ -207,9 +207,10 @@ bool has_history_from_before(const at::Tensor& tensor, uint64_t number);
 
 // Is this backward call restricted to some inputs (autograd.grad, inputs=)?
 bool graph_task_is_restricted();
-// In a restricted backward call: was the gradient of this leaf asked for? Inside
-// of a WantedLeaves scope that is asked of the call that the scope was made for.
-bool graph_task_wants_leaf(torch::autograd::Node* grad_accumulator);
+// In a restricted backward call: is the gradient of what this node stands for, a leaf or another
+// tensor, asked for or on the way to what is? Inside of a WantedLeaves scope that is asked of the
+// call that the scope was made for.
+bool graph_task_wants(torch::autograd::Node* node);
 
 // What the current backward call, or the one that a scope speaks for, was asked for.
 const void* wanted_leaves();

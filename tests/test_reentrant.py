@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -120,6 +121,50 @@ def test_outputs_that_are_inputs() -> None:
         same, product = run(lambda a, b: (a, torch.sin(a * b)), x.exp(), y)
         (same * product).sum().backward()
         return same, product, grads([x, y])
+
+    exact(program)
+
+
+VIEWS: dict[str, Callable[[Tensor], Any]] = {
+    "view": lambda x: x.view(-1),
+    "row": lambda x: x[0],
+    "transposed": lambda x: x.t(),
+    "unbound": lambda x: list(x.unbind()),
+    "with another": lambda x: (x.t(), x.sin()),
+    "of another": lambda x: x.sin().view(-1)[1:],
+    "itself too": lambda x: (x, x.view(-1)),
+}
+
+
+@pytest.mark.parametrize("of", ["argument", "parameter"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_outputs_that_are_views(view: Callable[[Tensor], Any], of: str) -> None:
+    def program(run: Run) -> Any:
+        x, w = leaf(3, 4), nn.Parameter(torch.rand(3, 4))
+        if of == "argument":
+            out = run(view, x.cos())
+        else:
+            out = run(lambda x: view(w), x.cos())
+        outs = [out] if isinstance(out, Tensor) else out
+        sum(y.exp().sum() for y in outs).backward()
+        return out, grads([x]), w.grad if of == "parameter" else 0
+
+    exact(program)
+
+
+def test_a_list_that_is_returned_is_the_functions_own() -> None:
+    def program(run: Run) -> Any:
+        made: list[Any] = []
+
+        def fn(x: Tensor) -> Any:
+            made.append([x.sin(), {"a": x.cos()}])
+            return made[-1]
+
+        x = leaf(3)
+        out = run(fn, x)
+        assert out is made[0] and out[1] is made[0][1]
+        (out[0] * out[1]["a"]).sum().backward()
+        return out, grads([x])
 
     exact(program)
 
@@ -318,6 +363,35 @@ def test_backward_with_inputs() -> None:
         return out, grads([x, w])
 
     exact(program)
+
+
+@pytest.mark.parametrize("how", ["inputs", "grad", "unused", "materialized"])
+@pytest.mark.parametrize("held", ["leaf", "not a leaf"])
+def test_asked_for_what_the_function_holds(held: str, how: str) -> None:
+    x, w = leaf(3), leaf(3)
+    h = w if held == "leaf" else w + 1
+    out = checkpoint(lambda x: (x * h).tanh(), x, use_reentrant=True).sum()
+    options: dict[str, Any] = {
+        "unused": {"allow_unused": True},
+        "materialized": {"materialize_grads": True},
+    }.get(how, {})
+
+    def ask() -> object:
+        return (
+            out.backward(inputs=[x, h])
+            if how == "inputs"
+            else torch.autograd.grad(out, [x, h], **options)
+        )
+
+    assert "asks for the gradient of a tensor" in message_of(CheckpointError, ask)
+
+
+def test_autograd_grad_for_what_an_argument_and_a_held_tensor_come_from() -> None:
+    """The way through the held one is none of the graph's."""
+    x = leaf(3)
+    h = x.exp()
+    out = checkpoint(lambda a: (a * h).tanh(), x, use_reentrant=True).sum()
+    assert "use_reentrant=False" in message_of(CheckpointError, lambda: torch.autograd.grad(out, x))
 
 
 def test_autograd_grad_does_not_accumulate_into_closed_over_parameters() -> None:

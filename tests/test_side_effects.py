@@ -340,6 +340,36 @@ class Codebook(nn.Module):
 
 
 @both_forms
+@pytest.mark.parametrize("place", ["argument", "keyword", "list"])
+def test_an_object_that_is_given_twice_keeps_what_the_forward_did(
+    place: str, use_reentrant: bool
+) -> None:
+    class State:
+        def __init__(self) -> None:
+            self.seen = 1.0
+            self.kept: list[Tensor] = []
+
+    def fn(x: Tensor, state: State, config: State) -> Tensor:
+        state.seen += 1
+        state.kept.append(x.detach())
+        return (x * config.seen * len(config.kept)).tanh()
+
+    def program(run: Run) -> Any:
+        state, x, outs = State(), leaf(3), []
+        for _ in range(2):
+            if place == "argument":
+                outs.append(run(fn, x, state, state))
+            elif place == "keyword":
+                outs.append(run(fn, x, state, config=state))
+            else:
+                outs.append(run(lambda x, states: fn(x, *states), x, [state, state]))
+            outs[-1].sum().backward()
+        return outs, grads([x]), state.seen, state.kept
+
+    assert_exact(program, replays=2, use_reentrant=use_reentrant)
+
+
+@both_forms
 @pytest.mark.parametrize("through_data", [False, True], ids=["in place", "data"])
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 def test_a_large_buffer_is_changed_once_from_the_first_step_on(

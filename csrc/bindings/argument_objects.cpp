@@ -1,5 +1,7 @@
 #include "bindings/argument_objects.h"
 
+#include <algorithm>
+
 #include "bindings/reach.h"
 
 namespace reprise::bindings {
@@ -135,7 +137,11 @@ void ArgumentObjects::note(const std::vector<PyObject*>& objects) {
   for (PyObject* object : objects) {
     const bool of_many = PyType_Check(object) || PyModule_Check(object);
     PyObject** dict = of_many ? nullptr : _PyObject_GetDictPtr(object);
-    if (dict != nullptr && *dict != nullptr && PyDict_CheckExact(*dict)) {
+    const auto is_noted = [&] {  // given twice, or two objects with one dict
+      return std::any_of(noted_.begin(), noted_.end(),
+                         [&](const Noted& noted) { return noted.dict.get() == *dict; });
+    };
+    if (dict != nullptr && *dict != nullptr && PyDict_CheckExact(*dict) && !is_noted()) {
       noted_.push_back({Ref::borrow(*dict), copy_of(*dict), Ref()});
     }
   }

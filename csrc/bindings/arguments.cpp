@@ -53,8 +53,12 @@ bool is_named_tuple(PyObject* value) {
          PyObject_HasAttrString(type, "n_sequence_fields");
 }
 
-// A list of names and values, of a mapping or of a dataclass; null for other objects.
+// A list of names and values, of a mapping, a list or a dataclass; null for other objects.
 Ref fields_of(PyObject* value) {
+  if (PyList_CheckExact(value)) {
+    return checked(PySequence_List(
+        checked(PyObject_CallOneArg(reinterpret_cast<PyObject*>(&PyEnum_Type), value)).get()));
+  }
   if (PyDict_Check(value)) {
     Ref items = Ref::steal(PyMapping_Items(value));
     PyErr_Clear();
@@ -82,15 +86,15 @@ Ref fields_of(PyObject* value) {
 
 // Leaves what is there already, which may be frozen.
 void set_field(PyObject* object, PyObject* name, PyObject* value) {
-  const bool is_mapping = PyDict_Check(object);
-  const Ref there = Ref::steal(is_mapping ? PyObject_GetItem(object, name)
-                                          : PyObject_GenericGetAttr(object, name));
+  const bool has_items = PyDict_Check(object) || PyList_Check(object);
+  const Ref there = Ref::steal(has_items ? PyObject_GetItem(object, name)
+                                         : PyObject_GenericGetAttr(object, name));
   if (there.get() == value) {
     return;
   }
   PyErr_Clear();
-  if ((is_mapping ? PyObject_SetItem(object, name, value)
-                  : PyObject_GenericSetAttr(object, name, value)) != 0) {
+  if ((has_items ? PyObject_SetItem(object, name, value)
+                 : PyObject_GenericSetAttr(object, name, value)) != 0) {
     throw_python_error();
   }
 }
@@ -149,23 +153,23 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     }
     return rebuild;
   }
+  if (const Ref fields = of_ == Of::kResult ? fields_of(value) : Ref()) {
+    const auto number = static_cast<uint32_t>(known.size());
+    const auto [it, fresh] = known.emplace(value, number);
+    nodes_.push_back({fresh ? Kind::kFields : Kind::kShared,
+                      fresh ? static_cast<uint32_t>(PyList_GET_SIZE(fields.get())) : it->second,
+                      fresh ? Ref::borrow(value) : Ref()});
+    if (fresh) {
+      const RecursionGuard guard;
+      take_items_apart(fields.get(), tensors, known);
+    }
+    return true;
+  }
   const bool is_list = PyList_CheckExact(value);
   const bool is_dict = PyDict_CheckExact(value);
   if (!is_list && !is_dict &&
       !(PyDict_Check(value) &&
         (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
-    if (const Ref fields = of_ == Of::kResult ? fields_of(value) : Ref()) {
-      const auto number = static_cast<uint32_t>(known.size());
-      const auto [it, fresh] = known.emplace(value, number);
-      nodes_.push_back({fresh ? Kind::kFields : Kind::kShared,
-                        fresh ? static_cast<uint32_t>(PyList_GET_SIZE(fields.get())) : it->second,
-                        fresh ? Ref::borrow(value) : Ref()});
-      if (fresh) {
-        const RecursionGuard guard;
-        take_items_apart(fields.get(), tensors, known);
-      }
-      return true;
-    }
     if (others_ != nullptr) {
       others_->push_back(value);
     }

@@ -10,7 +10,8 @@
 // is passed through as it is.
 //
 // Results are taken apart as well where their tensors come out of a graph of ours. There,
-// dataclasses and subclasses of dict are containers too; they stay the objects that they are.
+// dataclasses and subclasses of dict are containers too, and what can be changed in place stays
+// the object that it is.
 //
 // Every member needs the interpreter lock, the destructor too.
 #pragma once
@@ -63,7 +64,7 @@ class Structure {
     kDict,        // count times key object, value
     kOrderedDict,
     kDefaultDict,  // object: the factory
-    kFields,       // object: a dataclass or mapping, count times key object, value
+    kFields,       // object: what has them, count times key object, value
     kShared,       // count: the number of a mutable container met before
   };
   struct Node {

@@ -215,6 +215,19 @@ bool ReachedState::has_left_alone(const c10::TensorImpl* tensor) const {
   });
 }
 
+std::vector<at::Tensor> ReachedState::leaves() const {
+  std::vector<at::Tensor> found;
+  for (const Noted& noted : noted_) {
+    if (noted.requires_grad) {
+      at::Tensor tensor(noted.tensor.lock());
+      if (tensor.defined() && tensor.is_leaf()) {
+        found.push_back(std::move(tensor));
+      }
+    }
+  }
+  return found;
+}
+
 size_t ReachedState::nbytes() const {
   size_t bytes = 0;
   for (const auto& kept : storages_) {

@@ -93,6 +93,9 @@ class ReachedState {
   // Was it there before the forward, and is it as it was by its version?
   bool has_left_alone(const c10::TensorImpl* tensor) const;
 
+  // Those that require grad and have no history, as far as they are still there.
+  std::vector<at::Tensor> leaves() const;
+
   // Bytes of the copies.
   size_t nbytes() const;
 

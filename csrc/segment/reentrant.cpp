@@ -3,7 +3,6 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -37,9 +36,9 @@ struct GradientSink final : ag::Node, Pooled<GradientSink> {
   at::Tensor gradient;
 };
 
-// Leaves that fn reached by itself and whose gradient this backward call was
-// asked for. The node has no edge to them.
-const ag::Node* find_wanted_leaf(const ag::edge_list& roots, const ag::edge_list& known) {
+// What fn reached by itself, a leaf or the history of another tensor, and whose gradient this
+// backward call was asked for or needs. The node has no edge to it.
+const ag::Node* find_wanted(const ag::edge_list& roots, const ag::edge_list& known) {
   std::unordered_set<const ag::Node*> seen;
   for (const auto& edge : known) {
     seen.insert(edge.function.get());
@@ -54,7 +53,7 @@ const ag::Node* find_wanted_leaf(const ag::edge_list& roots, const ag::edge_list
     if (node == nullptr || !seen.insert(node).second) {
       continue;
     }
-    if (dynamic_cast<ag::AccumulateGrad*>(node) != nullptr && compat::graph_task_wants_leaf(node)) {
+    if (compat::graph_task_wants(node)) {
       return node;
     }
     for (const auto& edge : node->next_edges()) {
@@ -75,6 +74,9 @@ ReentrantNode::ReentrantNode(c10::intrusive_ptr<Segment> segment,
     needs_grad_.push_back(input.requires_grad());
   }
   set_next_edges(ag::collect_next_edges(inputs));
+  for (const auto& leaf : segment_->reached().leaves()) {
+    leaves_.push_back(ag::impl::grad_accumulator(leaf));
+  }
   if (segment_->options().check_values) {
     for (const auto& output : outputs) {
       output_values_.push_back(output.has_value() ? fingerprint_or_parts(*output) : std::nullopt);
@@ -327,10 +329,10 @@ ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
     outputs.clear();
     ag::Engine& engine = ag::Engine::get_default_engine();
     if (compat::graph_task_is_restricted()) {
-      if (find_wanted_leaf(roots, inner.input_edges) != nullptr) {
+      if (find_wanted(roots, inner.input_edges) != nullptr) {
         throw_checkpoint_error(c10::str(
             "torch_reprise: this backward call (autograd.grad, or backward with inputs=) asks for "
-            "the gradient of a tensor that ",
+            "the gradient of a tensor, or of one that it was computed from, that ",
             segment.name(),
             " reaches by itself and that is not among its arguments. With use_reentrant=True only "
             "arguments have an edge in the graph: pass the tensor as an argument, or pass "

@@ -71,6 +71,10 @@ class ReentrantNode final : public torch::autograd::Node, public Pooled<Reentran
 
   c10::intrusive_ptr<Segment> segment_;    // strong; null once the graph was freed
   c10::SmallVector<bool, 16> needs_grad_;  // by input
+  // Accumulators of leaves that fn reaches, kept as edges would keep them: a backward call that is
+  // asked for one knows it by that.
+  std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<at::Tensor>()))>
+      leaves_;
   // By output, if values are checked; nothing where there are none that could be read.
   std::vector<std::optional<uint64_t>> output_values_;
   // Made before they were asked for, by graph task; several threads may use one graph. Guarded by
