@@ -115,6 +115,62 @@ def test_a_segment_in_a_compiled_function_is_the_compilers_operator(
     assert graphs.targets[0].count("tag_activation_checkpoint") == 1
 
 
+class WithMethods(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    @checkpoint(use_reentrant=False)
+    def method(self, x: Tensor) -> Tensor:
+        return self.body(x.sin())  # type: ignore[no-any-return]
+
+    @classmethod
+    @checkpoint(use_reentrant=False)
+    def of_class(cls, body: nn.Module, x: Tensor) -> Tensor:
+        return body(x.sin())  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        if how == "made outside":
+            return decorate(self.body)(x.sin()).sum()
+        found = self.method(x) if how == "method" else self.of_class(self.body, x)
+        return found.sum()
+
+
+decorate = checkpoint(use_reentrant=False)
+
+
+@pytest.mark.parametrize("how", ["method", "class method", "made outside"])
+def test_decorated_methods_in_a_compiled_module(how: str) -> None:
+    model = Model()
+    expected, graphs = model.expected(), Graphs()
+    compiled = torch.compile(WithMethods(model.body), backend=graphs, fullgraph=True)
+    assert equal(expected, model.gradients(lambda x: compiled(x, how).backward()))
+    assert graphs.targets[0].count("tag_activation_checkpoint") == 1
+
+
+class Decorated(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    @checkpoint(use_reentrant=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.sin()).sum()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_module_with_a_decorated_forward_is_exported(strict: bool) -> None:
+    model = Model()
+    exported = torch.export.export(Decorated(model.body), (model.x,), strict=strict).module()
+    assert torch.equal(exported(model.x), model.plain(model.x))
+
+
+def test_a_module_with_a_decorated_forward_is_traced_by_fx() -> None:
+    model = Model()
+    traced = torch.fx.symbolic_trace(Decorated(model.body))
+    assert equal(model.expected(), model.gradients(lambda x: traced(x).backward()))
+
+
 def test_what_a_compiled_function_decorates_and_returns_is_checkpointed() -> None:
     calls = []
 

@@ -94,11 +94,14 @@ print(sys.argv, sys.path[0], __name__, __file__ if "__file__" in globals() else 
 """
 
 
-def test_the_program_finds_what_python_would_give_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [(), ("--",), ("--", "--"), ("sub/show.py", "--")])
+def test_the_program_finds_what_python_would_give_it(
+    first: tuple[str, ...], tmp_path: Path
+) -> None:
     folder = tmp_path / "sub"
     folder.mkdir()
     (folder / "show.py").write_text(SHOW)
-    arguments = ("--report", "x.html", "-m", "--", "--help")
+    arguments = (*first, "--report", "x.html", "-m", "--", "--help")
     expected = run("sub/show.py", *arguments, cwd=str(tmp_path))
     found = run(*RUN, "--quiet", "sub/show.py", *arguments, cwd=str(tmp_path))
     assert expected.returncode == found.returncode == 0

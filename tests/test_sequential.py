@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ class Probes:
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("kind", ["Sequential", "ModuleList", "list", "tuple"])
+@pytest.mark.parametrize("kind", ["Sequential", "ModuleList", "list", "tuple", "deque"])
 @both_forms
 def test_it_is_exact(segments: int, kind: str, use_reentrant: bool) -> None:
     def program(run: Run) -> Any:
@@ -73,6 +74,7 @@ def test_it_is_exact(segments: int, kind: str, use_reentrant: bool) -> None:
             "ModuleList": lambda: nn.ModuleList(modules),
             "list": lambda: modules,
             "tuple": lambda: tuple(modules),
+            "deque": lambda: deque(modules),
         }[kind]()
         x = leaf(3, 4)
         if run is plain:
@@ -185,6 +187,17 @@ def test_segments_below_one(segments: int) -> None:
         checkpoint_sequential([torch.sin], segments, leaf(2), use_reentrant=False)
 
 
+def test_segments_by_index() -> None:
+    class Two:
+        def __index__(self) -> int:
+            return 2
+
+    x = leaf(3)
+    before = ledger.segments()
+    checkpoint_sequential([torch.sin, torch.exp], Two(), x, use_reentrant=False).sum().backward()  # type: ignore[arg-type]
+    assert ledger.segments() == before + 1
+
+
 @pytest.mark.parametrize("segments", [1.5, "2", None, True], ids=repr)
 def test_segments_of_the_wrong_type(segments: Any) -> None:
     kind = type(segments).__name__
@@ -198,7 +211,9 @@ def test_no_functions(functions: Any) -> None:
         checkpoint_sequential(functions, 1, leaf(2), use_reentrant=False)
 
 
-@pytest.mark.parametrize("functions", [3, torch.sin, None, nn.Linear(2, 2)], ids=type)
+@pytest.mark.parametrize(
+    "functions", [3, torch.sin, None, nn.Linear(2, 2), {0: torch.sin}, torch.ones(2)], ids=type
+)
 def test_functions_of_the_wrong_type(functions: Any) -> None:
     kind = type(functions).__name__
     with pytest.raises(TypeError, match=f"functions.*{kind}"):

@@ -55,6 +55,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("program", help="the script, or with -m the module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the program gets")
     options = parser.parse_args(argv)
+    # argparse takes a "--" behind the program for its own.
+    place = len(argv) - len(options.arguments) - 1
+    if place > 0 and argv[place] == "--" and argv[place - 1] == options.program:
+        options.arguments.insert(0, "--")
     if options.segments < 1:
         parser.error(f"--segments must be at least 1, got {options.segments}")
     if options.report is not None:

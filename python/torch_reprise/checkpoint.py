@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from contextvars import ContextVar
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -395,20 +395,43 @@ def _checkpoint(
             "checkpoint was called without a function, which makes a decorator, and with "
             f"keyword arguments that it does not know: {unknown}"
         )
-    if is_dynamo_compiling():
-        return functools.partial(_closure, options)
-    return functools.partial(_Checkpointed, options)
+    return functools.partial(_decorated, options, () if is_dynamo_compiling() else _plain(options))
 
 
-def _closure(options: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """:class:`_Checkpointed` for Dynamo, which cannot make an object that has ``__getattr__``."""
+def _decorated(options: dict[str, Any], plain: _Plain, function: Callable[..., Any]) -> Any:
+    """What a decorator makes: of a function another one, which compilers and tracers know."""
     require_callable("function", function)
+    # Dynamo cannot make an object that has __getattr__.
+    if isinstance(function, FunctionType) or is_dynamo_compiling():
+        return _checkpointed_function(options, plain, function)
+    return _Checkpointed(options, plain, function)
 
+
+def _checkpointed_function(
+    options: dict[str, Any], plain: _Plain, function: Callable[..., Any]
+) -> Callable[..., Any]:
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _run(function, args, kwargs, **options)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return _run_decorated(options, plain, function, args, kwargs)
 
-    return call
+    return checkpointed
+
+
+def _run_decorated(
+    options: dict[str, Any],
+    plain: _Plain,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not is_dynamo_compiling():
+        if options["use_reentrant"] is None:
+            _warn_use_reentrant("checkpoint", stacklevel=3)
+        if plain:
+            result = _run_configured(*plain, function, args, kwargs)
+            if result is not _NOT_RUN:
+                return result
+    return _run(function, args, kwargs, **options)
 
 
 _C.set_settings(_early_stop, debug_setting, noop_context_fn)
@@ -421,14 +444,13 @@ _compat.skip_frames_of(checkpoint, _checkpoint, _run)
 
 
 class _Checkpointed:
-    """A function that is checkpointed whenever it is called; works on methods too."""
+    """A callable object, or a bound method, that is checkpointed whenever it is called."""
 
     def __init__(
-        self, options: dict[str, Any], function: Callable[..., Any], plain: _Plain | None = None
+        self, options: dict[str, Any], plain: _Plain, function: Callable[..., Any]
     ) -> None:
-        require_callable("function", function)
         self._options = options
-        self._plain = _plain(options) if plain is None else plain
+        self._plain = plain
         self._function = function
         functools.update_wrapper(self, function, updated=())
 
@@ -456,13 +478,7 @@ class _Checkpointed:
         return hash(self._function) if isinstance(self._function, MethodType) else id(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._options["use_reentrant"] is None and not is_dynamo_compiling():
-            _warn_use_reentrant("checkpoint", stacklevel=2)
-        if self._plain and not is_dynamo_compiling():
-            result = _run_configured(*self._plain, self._function, args, kwargs)
-            if result is not _NOT_RUN:
-                return result
-        return _run(self._function, args, kwargs, **self._options)
+        return _run_decorated(self._options, self._plain, self._function, args, kwargs)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         # Where it stands in place of its function: by name, as that one would be.
@@ -470,13 +486,20 @@ class _Checkpointed:
         name = getattr(self, "__qualname__", "")
         for part in name.split("."):
             found = getattr(found, part, None)
-        return name if found is self else (_Checkpointed, (self._options, self._function))
+        return name if found is self else (_recheckpointed, (self._options, self._function))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         bind = getattr(self._function, "__get__", None)
         if instance is None or bind is None:
             return self
-        return _Checkpointed(self._options, bind(instance, owner), self._plain)
+        bound = bind(instance, owner)
+        if is_dynamo_compiling():
+            return _checkpointed_function(self._options, (), bound)
+        return _Checkpointed(self._options, self._plain, bound)
+
+
+def _recheckpointed(options: dict[str, Any], function: Callable[..., Any]) -> _Checkpointed:
+    return _Checkpointed(options, _plain(options), function)
 
 
 class Checkpointer:

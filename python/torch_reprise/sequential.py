@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ class _Chain:
         for function in self._functions:
             value = function(value)
         return value
+
+
+def _is_sequence(value: Any) -> bool:
+    return (
+        hasattr(type(value), "__len__")
+        and hasattr(type(value), "__getitem__")
+        and not isinstance(value, (str, bytes, Mapping, torch.Tensor))
+    )
 
 
 def _even_pieces(length: int, pieces: int) -> list[slice]:
@@ -49,7 +58,7 @@ def checkpoint_sequential(
     tensors would be recomputed at once.
 
     Args:
-        functions: an ``nn.Sequential``, or a list or tuple of modules or functions,
+        functions: an ``nn.Sequential``, or another sequence of modules or functions,
             each taking the value that the one before returned.
         segments: how many pieces to cut the chain into, at least 1. Their lengths
             differ by at most one (torch puts the whole remainder into the last:
@@ -71,20 +80,18 @@ def checkpoint_sequential(
         )
     require_bool("preserve_rng_state", preserve_rng_state)
     require_optional_bool("use_reentrant", use_reentrant)
-    if isinstance(functions, torch.nn.Sequential):
-        # Not children(): that passes over a module that occurs a second time.
-        chain = list(functions)
-    elif isinstance(functions, (list, tuple, torch.nn.ModuleList)):
-        chain = list(functions)
-    else:
+    if not _is_sequence(functions):
         raise TypeError(
-            "functions must be an nn.Sequential or a list of modules or functions, got "
+            "functions must be an nn.Sequential or a sequence of modules or functions, got "
             f"{type(functions).__name__}"
         )
+    # Not children(): that passes over a module that occurs a second time.
+    chain = [functions[position] for position in range(len(functions))]
     for position, function in enumerate(chain):
         require_callable(f"functions[{position}]", function)
-    if isinstance(segments, bool) or not isinstance(segments, int):
+    if isinstance(segments, bool) or not hasattr(segments, "__index__"):
         raise TypeError(f"segments must be an int, got {type(segments).__name__}: {segments!r}")
+    segments = operator.index(segments)
     if not chain:
         raise ValueError("functions is empty: there is nothing to run")
     if segments < 1:
