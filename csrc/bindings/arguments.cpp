@@ -102,11 +102,9 @@ void set_field(PyObject* object, PyObject* name, PyObject* value) {
 }  // namespace
 
 Structure::Structure(PyObject* value, std::vector<at::Tensor>& tensors,
-                     std::vector<PyObject*>* others, Of of)
-    : others_(others), of_(of) {
-  Known known;
-  take_apart(value, tensors, known);
-  others_ = nullptr;
+                     std::vector<PyObject*>* others, Of of) {
+  Reading reading{tensors, others, of, {}};
+  take_apart(value, reading);
 }
 
 namespace {
@@ -124,13 +122,13 @@ bool is_plain_container(PyObject* value) {
 
 }  // namespace
 
-bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known) {
+bool Structure::take_apart(PyObject* value, Reading& reading) {
   if (is_simple(value)) {
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
     return false;
   }
   if (!is_plain_container(value) && is_tensor(value)) {
-    tensors.push_back(THPVariable_Unpack(value));
+    reading.tensors.push_back(THPVariable_Unpack(value));
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
     nodes_.push_back({Kind::kTensor, 0, type == THPVariableClass ? Ref() : Ref::borrow(type)});
     return true;
@@ -144,7 +142,7 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     const RecursionGuard guard;
     bool rebuild = false;
     for (uint32_t i = 0; i < count; ++i) {
-      rebuild |= take_apart(PyTuple_GET_ITEM(value, i), tensors, known);
+      rebuild |= take_apart(PyTuple_GET_ITEM(value, i), reading);
     }
     if (!rebuild) {
       // Nothing in it can change, so the tuple itself will do.
@@ -153,15 +151,15 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     }
     return rebuild;
   }
-  if (const Ref fields = of_ == Of::kResult ? fields_of(value) : Ref()) {
-    const auto number = static_cast<uint32_t>(known.size());
-    const auto [it, fresh] = known.emplace(value, number);
+  if (const Ref fields = reading.of == Of::kResult ? fields_of(value) : Ref()) {
+    const auto number = static_cast<uint32_t>(reading.numbers.size());
+    const auto [it, fresh] = reading.numbers.emplace(value, number);
     nodes_.push_back({fresh ? Kind::kFields : Kind::kShared,
                       fresh ? static_cast<uint32_t>(PyList_GET_SIZE(fields.get())) : it->second,
                       fresh ? Ref::borrow(value) : Ref()});
     if (fresh) {
       const RecursionGuard guard;
-      take_items_apart(fields.get(), tensors, known);
+      take_items_apart(fields.get(), reading);
     }
     return true;
   }
@@ -170,14 +168,14 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
   if (!is_list && !is_dict &&
       !(PyDict_Check(value) &&
         (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
-    if (others_ != nullptr) {
-      others_->push_back(value);
+    if (reading.others != nullptr) {
+      reading.others->push_back(value);
     }
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
     return false;
   }
-  const auto number = static_cast<uint32_t>(known.size());
-  if (auto [it, fresh] = known.emplace(value, number); !fresh) {
+  const auto number = static_cast<uint32_t>(reading.numbers.size());
+  if (auto [it, fresh] = reading.numbers.emplace(value, number); !fresh) {
     nodes_.push_back({Kind::kShared, it->second, Ref()});
     return true;
   }
@@ -189,7 +187,7 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
     uint32_t count = 0;
     for (; count < static_cast<size_t>(PyList_GET_SIZE(value)); ++count) {
       const Ref item = Ref::borrow(PyList_GET_ITEM(value, count));
-      take_apart(item.get(), tensors, known);
+      take_apart(item.get(), reading);
     }
     nodes_[here].count = count;
   } else {
@@ -203,25 +201,33 @@ bool Structure::take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Kn
       nodes_.push_back({Kind::kDefaultDict, count, std::move(factory)});
     }
     // A list of its items: OrderedDict has an order of its own.
-    take_items_apart(checked(PyMapping_Items(value)).get(), tensors, known);
+    take_items_apart(checked(PyMapping_Items(value)).get(), reading);
   }
   return true;
 }
 
-void Structure::take_items_apart(PyObject* items, std::vector<at::Tensor>& tensors, Known& known) {
+void Structure::take_items_apart(PyObject* items, Reading& reading) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items); ++i) {
     PyObject* item = PyList_GET_ITEM(items, i);
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(PyTuple_GET_ITEM(item, 0))});
-    take_apart(PyTuple_GET_ITEM(item, 1), tensors, known);
+    take_apart(PyTuple_GET_ITEM(item, 1), reading);
   }
 }
 
 namespace {
 
-// A tensor that has lost its subclass on its way through C++ (detach, hooks) gets it again. Those
-// with __torch_dispatch__ keep theirs.
+// Does C++ know of the subclass? What its operators return is its own business.
+bool has_torch_dispatch(PyObject* type) {
+  constexpr const char* kName = "__torch_dispatch__";
+  const Ref own = Ref::steal(PyObject_GetAttrString(type, kName));
+  const Ref tensors = Ref::steal(PyObject_GetAttrString(THPVariableClass, kName));
+  PyErr_Clear();
+  return own.get() != tensors.get();
+}
+
+// A tensor that has lost its Python subclass on its way through C++ (detach, hooks) gets it again.
 Ref of_type(Ref tensor, PyObject* type) {
-  if (type == nullptr || !is_exactly(tensor.get(), THPVariableClass)) {
+  if (type == nullptr || !is_exactly(tensor.get(), THPVariableClass) || has_torch_dispatch(type)) {
     return tensor;
   }
   if (Py_REFCNT(tensor.get()) == 1 &&

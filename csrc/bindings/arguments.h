@@ -72,11 +72,17 @@ class Structure {
     uint32_t count = 0;
     Ref object;
   };
-  using Known = std::unordered_map<PyObject*, uint32_t>;
+  // What the constructor was given, and the numbers of mutable containers that it has met.
+  struct Reading {
+    std::vector<at::Tensor>& tensors;
+    std::vector<PyObject*>* others;
+    Of of;
+    std::unordered_map<PyObject*, uint32_t> numbers;
+  };
 
   // True if the value must be rebuilt: a tensor or a mutable container is in it.
-  bool take_apart(PyObject* value, std::vector<at::Tensor>& tensors, Known& known);
-  void take_items_apart(PyObject* items, std::vector<at::Tensor>& tensors, Known& known);
+  bool take_apart(PyObject* value, Reading& reading);
+  void take_items_apart(PyObject* items, Reading& reading);
 
   template <typename Leaf>
   Ref put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf) const;
@@ -85,8 +91,6 @@ class Structure {
   bool find(size_t& node, size_t& index, std::string& path) const;
 
   c10::SmallVector<Node, 4> nodes_;  // preorder
-  std::vector<PyObject*>* others_;   // only while it is made
-  Of of_;
 };
 
 }  // namespace reprise::bindings

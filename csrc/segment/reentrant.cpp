@@ -296,7 +296,7 @@ ag::variable_list ReentrantNode::backward(Segment& segment, InnerGraph& inner,
   ag::variable_list root_grads;
   bool any_output_has_history = false;
   for (size_t i = 0; i < outputs.size(); ++i) {
-    if (outputs[i].grad_fn().get() == this) {
+    if (ag::impl::grad_fn_unsafe(outputs[i]) == this) {
       throw_checkpoint_error(c10::str(
           "torch_reprise: ", segment.name(), " returns, as output ", i,
           ", a tensor that was there before it was called and that is not among its arguments. "
