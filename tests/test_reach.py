@@ -269,6 +269,40 @@ def test_what_functions_among_the_arguments_and_in_the_closure_reach(
     assert_exact(program, replays=2, use_reentrant=use_reentrant)
 
 
+@both_forms
+def test_what_a_function_among_the_arguments_reaches_may_be_changed(use_reentrant: bool) -> None:
+    """It may be called at another time, or never."""
+
+    def program(run: Run) -> Any:
+        student, teacher, x = nn.Linear(3, 3), nn.Linear(3, 3), leaf(2, 3)
+
+        def update() -> None:
+            with torch.no_grad():
+                for new, old in zip(student.parameters(), teacher.parameters(), strict=True):
+                    old.mul_(0.9).add_(new, alpha=0.1)
+
+        out = run(lambda x, at_end: student(x).sin(), x, update)
+        update()
+        out.sum().backward()
+        return out, grads([x]), grads(student), list(teacher.parameters())
+
+    assert_exact(program, replays=1, use_reentrant=use_reentrant)
+
+
+def test_a_long_chain_of_functions() -> None:
+    def chained(inner: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: x if inner is None else inner(x)
+
+    function = None
+    for _ in range(60_000):
+        function = chained(function)
+    x = leaf(3)
+    checkpoint(lambda x, unused: x.sin(), x, function, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+    while function is not None:  # or freeing it takes as deep a stack
+        function = function.__closure__[0].cell_contents
+
+
 FIRST, SECOND = generator(20), generator(21)
 
 

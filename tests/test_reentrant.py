@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -219,16 +219,88 @@ def test_outputs_in_dataclasses_and_mappings_of_the_users(kind: Any) -> None:
         state = [x.sin()]
 
         def fn(x: Tensor, y: Tensor) -> Any:
-            made.append(kind((x * y).exp(), [kind(x.cos(), 3), (y, state[0])]))
-            return made[-1]
+            return kind((x * y).exp(), [kind(x.cos(), 3), (y, state[0])])
 
-        made: list[Any] = []
         out = run(fn, x, y)
-        assert out is made[0]
         inner, (same, before) = out.rest
-        assert before is state[0]
+        assert same is y and before is state[0]
         ((out.first * inner.first * same).sum() + before.sum()).backward()
         return out.first, inner.first, inner.rest, same, before, grads([x, y])
+
+    exact(program)
+
+
+@dataclasses.dataclass
+class State:
+    x: Any = None
+    made: Any = None
+
+
+class Stats:
+    """Has a field that nobody can set."""
+
+    __dataclass_fields__: ClassVar[dict[str, object]] = {"mean": None, "value": None}
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    @property
+    def mean(self) -> float:
+        return float(self.value.detach().mean())
+
+
+def test_a_state_that_is_an_argument_and_is_returned() -> None:
+    def program(run: Run) -> Any:
+        x = leaf(3)
+        state = State(x)
+
+        def fn(x: Tensor, state: State) -> Any:
+            h = x * 2
+            state.made = h.detach() * 2
+            return h.sin(), state, [state.x]
+
+        out, found, (same,) = run(fn, x, state)
+        assert found is state and state.x is x and same is x
+        out.sum().backward()
+        return out, state.made, grads([x])
+
+    exact(program)
+
+
+def test_containers_that_are_there_before_are_not_written_into() -> None:
+    def program(run: Run) -> Any:
+        x, outs = leaf(3), []
+        held = [x, {"x": x}]
+        cache = Output(x)
+        for _ in range(2):
+            y, found, again = run(lambda x: (x.sin(), held, cache), x)
+            assert found is held and again is cache
+            assert held[0] is x and held[1]["x"] is x and cache["first"] is x
+            outs.append(y)
+        sum(y.sum() for y in outs).backward()
+        return outs, grads([x])
+
+    exact(program, replays=2)
+
+
+def test_a_field_that_cannot_be_set() -> None:
+    def program(run: Run) -> Any:
+        x = leaf(3)
+        out = run(lambda x: Stats(x.exp()), x)
+        out.value.sum().backward()
+        return out.value, out.mean, grads([x])
+
+    exact(program)
+
+
+def test_an_argument_that_is_returned_is_itself() -> None:
+    def program(run: Run) -> Any:
+        x, mask = leaf(3), torch.ones(3)
+        h = x.exp()
+        same, masked, mask_too = run(lambda h, mask: (h, h * mask, mask), h, mask)
+        assert same is h and mask_too is mask
+        (same * masked).sum().backward()
+        return masked, mask_too, grads([x])
 
     exact(program)
 

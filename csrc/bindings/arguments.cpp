@@ -54,10 +54,16 @@ bool is_named_tuple(PyObject* value) {
 }
 
 // A list of names and values, of a mapping, a list or a dataclass; null for other objects.
-Ref fields_of(PyObject* value) {
+// `references`: see take_apart().
+Ref fields_of(PyObject* value, Py_ssize_t references) {
   if (PyList_CheckExact(value)) {
     return checked(PySequence_List(
         checked(PyObject_CallOneArg(reinterpret_cast<PyObject*>(&PyEnum_Type), value)).get()));
+  }
+  const bool is_plain = PyDict_CheckExact(value) || is_exactly(value, ordered_dict()) ||
+                        is_exactly(value, default_dict());
+  if (!is_plain && Py_REFCNT(value) > references) {
+    return Ref();
   }
   if (PyDict_Check(value)) {
     Ref items = Ref::steal(PyMapping_Items(value));
@@ -122,7 +128,7 @@ bool is_plain_container(PyObject* value) {
 
 }  // namespace
 
-bool Structure::take_apart(PyObject* value, Reading& reading) {
+bool Structure::take_apart(PyObject* value, Reading& reading, Py_ssize_t references) {
   if (is_simple(value)) {
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(value)});
     return false;
@@ -151,7 +157,7 @@ bool Structure::take_apart(PyObject* value, Reading& reading) {
     }
     return rebuild;
   }
-  if (const Ref fields = reading.of == Of::kResult ? fields_of(value) : Ref()) {
+  if (const Ref fields = reading.of == Of::kResult ? fields_of(value, references) : Ref()) {
     const auto number = static_cast<uint32_t>(reading.numbers.size());
     const auto [it, fresh] = reading.numbers.emplace(value, number);
     nodes_.push_back({fresh ? Kind::kFields : Kind::kShared,
@@ -210,7 +216,7 @@ void Structure::take_items_apart(PyObject* items, Reading& reading) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items); ++i) {
     PyObject* item = PyList_GET_ITEM(items, i);
     nodes_.push_back({Kind::kObject, 0, Ref::borrow(PyTuple_GET_ITEM(item, 0))});
-    take_apart(PyTuple_GET_ITEM(item, 1), reading);
+    take_apart(PyTuple_GET_ITEM(item, 1), reading, /*references=*/2);  // the other: the item's
   }
 }
 
@@ -303,8 +309,11 @@ Ref Structure::put_together(size_t& node, std::vector<Ref>& shared, Leaf&& leaf)
       shared.push_back(Ref::borrow(n.object.get()));
       for (uint32_t i = 0; i < n.count; ++i) {
         PyObject* name = nodes_[node++].object.get();
+        const bool is_of_tensors = nodes_[node].kind != Kind::kObject;
         const Ref value = put_together(node, shared, leaf);
-        set_field(n.object.get(), name, value.get());
+        if (is_of_tensors) {  // what else there is may be read-only
+          set_field(n.object.get(), name, value.get());
+        }
       }
       return Ref::borrow(n.object.get());
     }

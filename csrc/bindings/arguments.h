@@ -10,8 +10,9 @@
 // is passed through as it is.
 //
 // Results are taken apart as well where their tensors come out of a graph of ours. There,
-// dataclasses and subclasses of dict are containers too, and what can be changed in place stays
-// the object that it is.
+// dataclasses and subclasses of dict are containers too if nobody else refers to them (others,
+// as caches, may be there before and hold what other calls made), and what can be changed in
+// place stays the object that it is.
 //
 // Every member needs the interpreter lock, the destructor too.
 #pragma once
@@ -80,8 +81,9 @@ class Structure {
     std::unordered_map<PyObject*, uint32_t> numbers;
   };
 
-  // True if the value must be rebuilt: a tensor or a mutable container is in it.
-  bool take_apart(PyObject* value, Reading& reading);
+  // True if the value must be rebuilt: a tensor or a mutable container is in it. `references`: how
+  // many there are to a value that nobody else refers to.
+  bool take_apart(PyObject* value, Reading& reading, Py_ssize_t references = 1);
   void take_items_apart(PyObject* items, Reading& reading);
 
   template <typename Leaf>

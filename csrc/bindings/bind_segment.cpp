@@ -211,17 +211,36 @@ std::unique_ptr<OpenSegment> open_segment(const py::object& function, const py::
                     debug_session.is_none() ? nullptr : debug_session.ptr(), Py_None));
 }
 
-// Does fn return a tensor that it was not given and did not make: a parameter, a buffer, a
-// constant? That keeps the history that it has, or none.
-bool was_there_before(const at::Tensor& output, const std::vector<at::Tensor>& inputs,
-                      const Segment& segment) {
-  const auto* impl = output.unsafeGetTensorImpl();
-  const bool is_input = std::any_of(inputs.begin(), inputs.end(), [impl](const at::Tensor& input) {
-    return input.unsafeGetTensorImpl() == impl;
-  });
-  return !is_input && (compat::has_history_from_before(output, segment.first_node()) ||
-                       segment.reached().has_left_alone(impl));
-}
+// Which of what fn returns did it not make: arguments, parameters, buffers, constants? They keep
+// the history that they have, or none, unless fn has changed them.
+class WasThereBefore {
+ public:
+  WasThereBefore(const std::vector<at::Tensor>& inputs, const Segment& segment)
+      : inputs_(inputs), segment_(segment) {
+    for (const auto& input : inputs) {
+      versions_.push_back(version_of(input));
+    }
+  }
+  bool operator()(const at::Tensor& output) const {
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+      if (inputs_[i].is_same(output)) {
+        return version_of(output) == versions_[i];
+      }
+    }
+    return compat::has_history_from_before(output, segment_.first_node()) ||
+           segment_.reached().has_left_alone(output.unsafeGetTensorImpl());
+  }
+
+ private:
+  static uint32_t version_of(const at::Tensor& tensor) {
+    return tensor.is_inference()
+               ? 0
+               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
+  }
+  const std::vector<at::Tensor>& inputs_;
+  const Segment& segment_;
+  c10::SmallVector<uint32_t, 8> versions_;
+};
 
 // One checkpointed call in the reentrant form. `generators`, a tuple, may be None.
 PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, long flags,
@@ -258,6 +277,7 @@ PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, lo
     auto lock = Ledger::get().lock_rows();
     segment->row()->reentrant = true;
   }
+  const WasThereBefore was_there_before(inputs, *segment);
   Ref result;
   {
     const RowTimer timer(segment->row(), &LedgerRow::forward_seconds);
@@ -281,7 +301,7 @@ PyObject* run_reentrant(PyObject* function, PyObject* args, PyObject* kwargs, lo
   }
   std::vector<std::optional<at::Tensor>> outputs(found.begin(), found.end());
   for (auto& output : outputs) {
-    if (was_there_before(*output, inputs, *segment)) {
+    if (was_there_before(*output)) {
       output.reset();
     }
   }

@@ -336,7 +336,8 @@ class ObjectsScope {
 
 }  // namespace
 
-Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
+Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed,
+                        std::vector<at::Tensor>* outputs) {
   size_t next = 0;
   Ref args = args_->build(inputs, &next);
   Ref kwargs = kwargs_ ? kwargs_->build(inputs, &next) : Ref();
@@ -344,8 +345,12 @@ Ref PythonProgram::call(std::vector<at::Tensor>&& inputs, bool* suppressed) {
   const ObjectsScope objects(modules_, buffers_, bindings_, argument_objects_);
   const ContextVariablesScope variables(context_variables_);
   const DynamoPaused paused;
-  return call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(),
-                         suppressed);
+  Ref result =
+      call_in_context(replay_context_.get(), function_.get(), args.get(), kwargs.get(), suppressed);
+  if (result && outputs != nullptr) {  // before objects that fn returns are put back
+    const Structure structure(result.get(), *outputs, nullptr, Structure::Of::kResult);
+  }
+  return result;
 }
 
 Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
@@ -373,12 +378,10 @@ Program::Outcome PythonProgram::run(std::vector<at::Tensor> inputs,
 std::vector<at::Tensor> PythonProgram::run_for_outputs(std::vector<at::Tensor> inputs) {
   WithInterpreter lock;
   bool suppressed = false;
-  Ref result = call(std::move(inputs), &suppressed);
-  if (!result) {
+  std::vector<at::Tensor> outputs;
+  if (!call(std::move(inputs), &suppressed, &outputs)) {
     throw_python_error();
   }
-  std::vector<at::Tensor> outputs;
-  const Structure structure(result.get(), outputs, nullptr, Structure::Of::kResult);
   return outputs;
 }
 

@@ -53,7 +53,9 @@ class PythonProgram final : public Program, public Pooled<PythonProgram> {
  private:
   // One call of the function with `inputs`, which are dropped before it begins:
   // what fn frees early must be freed. Null with the error set, or suppressed.
-  Ref call(std::vector<at::Tensor>&& inputs, bool* suppressed);
+  // `outputs`, if given, gets the tensors of the result.
+  Ref call(std::vector<at::Tensor>&& inputs, bool* suppressed,
+           std::vector<at::Tensor>* outputs = nullptr);
 
   // Strong references, given back under the interpreter lock.
   Ref function_;

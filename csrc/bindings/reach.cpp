@@ -239,7 +239,7 @@ class Search {
       if (kind_of(self) != Kind::kModule) {
         object_with_attributes(self, /*certain=*/false);
       } else if (!PyFunction_Check(function) || is_forward(function)) {
-        module(self, /*certain=*/true);
+        module(self, certain_);
       } else {
         named_attributes(self, NamesInCode::with_wrapped(function));
       }
@@ -258,7 +258,7 @@ class Search {
         }
       }
     } else if (!PyCFunction_Check(object)) {
-      object_with_attributes(object, /*certain=*/kind_of(object) == Kind::kModule);
+      object_with_attributes(object, certain_ && kind_of(object) == Kind::kModule);
       if (const Ref body = body_of(object)) {
         function(body.get());
       }
@@ -266,9 +266,12 @@ class Search {
     PyErr_Clear();
   }
 
-  // An argument: true if it is a generator or a module.
+  // An argument: true if it is a generator or a module. Of a function it is not known whether it is
+  // called, and when.
   bool argument(PyObject* object) {
+    certain_ = kind_of(object) != Kind::kOther;
     used(object, nullptr);
+    certain_ = true;
     return kind_of(object) != Kind::kOther;
   }
 
@@ -301,7 +304,15 @@ class Search {
 
   // What a function is given, or closes over: it uses that, and calls what can be called.
   void used(PyObject* object, PyObject* name) {
-    value(object, name, true);
+    if (depth_ < kDeepest) {
+      ++depth_;
+      use(object, name);
+      --depth_;
+    }
+  }
+
+  void use(PyObject* object, PyObject* name) {
+    value(object, name, certain_);
     if (kind_of(object) != Kind::kOther) {
       return;
     }
@@ -493,7 +504,7 @@ class Search {
     PyObject* globals = PyFunction_GET_GLOBALS(object);
     for (size_t i = 0; i < names.size(); ++i) {
       if (PyObject* global = entry_of(globals, names[i])) {
-        value(global, names[i], true);
+        value(global, names[i], certain_);
       }
     }
     into_functions_ = outer;
@@ -728,7 +739,7 @@ class Search {
     for (PyObject* group : {names.parameters, names.buffers}) {
       PyObject* tensors = entry_of(dict.get(), group);
       if (tensors != nullptr && PyDict_CheckExact(tensors)) {
-        tensors_of(tensors, object, training, true, group == names.buffers, &names_in_code);
+        tensors_of(tensors, object, training, certain_, group == names.buffers, &names_in_code);
       }
     }
     PyObject* submodules = entry_of(dict.get(), names.modules);
@@ -739,7 +750,7 @@ class Search {
         entry = entry_of(submodules, name);
       }
       if (entry != nullptr) {
-        value(entry, name, true);
+        value(entry, name, certain_);
       }
     }
   }
@@ -748,6 +759,10 @@ class Search {
   const c10::TensorImpl* sought_;
   std::string found_;
   bool into_functions_ = true;
+  bool certain_ = true;  // of what functions reach: see value()
+  // Functions in the closures of functions, and so on: each is a few frames on the stack.
+  static constexpr int kDeepest = 500;
+  int depth_ = 0;
   ModuleMemo* memo_ = nullptr;         // is being written
   const ModuleMemo* known_ = nullptr;  // what it has seen has been met
   // By a search of any thread: finalizers of what the collector finds may begin another

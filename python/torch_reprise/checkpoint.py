@@ -477,7 +477,7 @@ class _Checkpointed:
     def __hash__(self) -> int:
         return hash(self._function) if isinstance(self._function, MethodType) else id(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return _run_decorated(self._options, self._plain, self._function, args, kwargs)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
