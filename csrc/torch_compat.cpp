@@ -516,6 +516,11 @@ bool has_history_from_before(const at::Tensor& tensor, uint64_t number) {
   return meta->grad_fn_ ? meta->grad_fn_->sequence_nr() < number : meta->requires_grad_;
 }
 
+uint32_t version_of(const at::Tensor& tensor) {
+  return tensor.is_inference() ? 0
+                               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
 bool graph_task_is_restricted() {
   const auto* exec_info = ag::get_current_graph_task_exec_info();
   return exec_info != nullptr && !exec_info->empty();

@@ -205,6 +205,9 @@ bool is_output_of_newest_node(const at::Tensor& tensor);
 // Does it require grad, and did it before this thread made the node of this number?
 bool has_history_from_before(const at::Tensor& tensor, uint64_t number);
 
+// How often it was changed in place; 0 of an inference tensor, which does not count.
+uint32_t version_of(const at::Tensor& tensor);
+
 // Is this backward call restricted to some inputs (autograd.grad, inputs=)?
 bool graph_task_is_restricted();
 // In a restricted backward call: is the gradient of what this node stands for, a leaf or another

@@ -8,7 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -238,20 +238,22 @@ def halved_tanh() -> AlteredOperator:
     return AlteredOperator(torch.ops.aten.tanh.default, lambda result: result / 2)
 
 
-def function_mode_program(run: Run) -> Any:
+def in_the_forward(run: Run, *entered: AbstractContextManager[object]) -> Any:
     x = leaf(4)
-    with doubled_tanh():
+    with ExitStack() as stack:
+        for context in entered:
+            stack.enter_context(context)
         out = run(lambda x: torch.tanh(x).square(), x)
     out.sum().backward()
     return out, grads([x])
+
+
+def function_mode_program(run: Run) -> Any:
+    return in_the_forward(run, doubled_tanh())
 
 
 def dispatch_mode_program(run: Run) -> Any:
-    x = leaf(4)
-    with halved_tanh():
-        out = run(lambda x: torch.tanh(x).square(), x)
-    out.sum().backward()
-    return out, grads([x])
+    return in_the_forward(run, halved_tanh())
 
 
 class Doubling(Tensor):
@@ -304,11 +306,7 @@ def subclasses_off_in_backward_program(run: Run) -> Any:
 
 
 def mode_that_is_off_program(run: Run) -> Any:
-    x = leaf(4)
-    with doubled_tanh(), torch._C.DisableTorchFunction():
-        out = run(lambda x: torch.tanh(x).square(), x)
-    out.sum().backward()
-    return out, grads([x])
+    return in_the_forward(run, doubled_tanh(), torch._C.DisableTorchFunction())
 
 
 def off_around_backward_program(run: Run) -> Any:

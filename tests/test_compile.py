@@ -115,11 +115,13 @@ def test_a_segment_in_a_compiled_function_is_the_compilers_operator(
     assert graphs.targets[0].count("tag_activation_checkpoint") == 1
 
 
-class WithMethods(nn.Module):
+class WithBody(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
 
+
+class WithMethods(WithBody):
     @checkpoint(use_reentrant=False)
     def method(self, x: Tensor) -> Tensor:
         return self.body(x.sin())  # type: ignore[no-any-return]
@@ -148,11 +150,7 @@ def test_decorated_methods_in_a_compiled_module(how: str) -> None:
     assert graphs.targets[0].count("tag_activation_checkpoint") == 1
 
 
-class Decorated(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
+class Decorated(WithBody):
     @checkpoint(use_reentrant=False)
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x.sin()).sum()  # type: ignore[no-any-return]

@@ -25,6 +25,12 @@ PyObject* default_dict() {
   return type;
 }
 
+// A dict that can be made again from its items.
+bool is_known_dict(PyObject* value) {
+  return PyDict_CheckExact(value) || (PyDict_Check(value) && (is_exactly(value, ordered_dict()) ||
+                                                              is_exactly(value, default_dict())));
+}
+
 // Keeps CPython's recursion count right also when an exception passes.
 class RecursionGuard {
  public:
@@ -60,9 +66,7 @@ Ref fields_of(PyObject* value, Py_ssize_t references) {
     return checked(PySequence_List(
         checked(PyObject_CallOneArg(reinterpret_cast<PyObject*>(&PyEnum_Type), value)).get()));
   }
-  const bool is_plain = PyDict_CheckExact(value) || is_exactly(value, ordered_dict()) ||
-                        is_exactly(value, default_dict());
-  if (!is_plain && Py_REFCNT(value) > references) {
+  if (!is_known_dict(value) && Py_REFCNT(value) > references) {
     return Ref();
   }
   if (PyDict_Check(value)) {
@@ -170,10 +174,7 @@ bool Structure::take_apart(PyObject* value, Reading& reading, Py_ssize_t referen
     return true;
   }
   const bool is_list = PyList_CheckExact(value);
-  const bool is_dict = PyDict_CheckExact(value);
-  if (!is_list && !is_dict &&
-      !(PyDict_Check(value) &&
-        (is_exactly(value, ordered_dict()) || is_exactly(value, default_dict())))) {
+  if (!is_list && !is_known_dict(value)) {
     if (reading.others != nullptr) {
       reading.others->push_back(value);
     }
@@ -198,7 +199,7 @@ bool Structure::take_apart(PyObject* value, Reading& reading, Py_ssize_t referen
     nodes_[here].count = count;
   } else {
     const auto count = static_cast<uint32_t>(PyDict_GET_SIZE(value));
-    if (is_dict) {
+    if (PyDict_CheckExact(value)) {
       nodes_.push_back({Kind::kDict, count, Ref()});
     } else if (is_exactly(value, ordered_dict())) {
       nodes_.push_back({Kind::kOrderedDict, count, Ref()});

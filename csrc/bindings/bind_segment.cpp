@@ -218,13 +218,13 @@ class WasThereBefore {
   WasThereBefore(const std::vector<at::Tensor>& inputs, const Segment& segment)
       : inputs_(inputs), segment_(segment) {
     for (const auto& input : inputs) {
-      versions_.push_back(version_of(input));
+      versions_.push_back(compat::version_of(input));
     }
   }
   bool operator()(const at::Tensor& output) const {
     for (size_t i = 0; i < inputs_.size(); ++i) {
       if (inputs_[i].is_same(output)) {
-        return version_of(output) == versions_[i];
+        return compat::version_of(output) == versions_[i];
       }
     }
     return compat::has_history_from_before(output, segment_.first_node()) ||
@@ -232,11 +232,6 @@ class WasThereBefore {
   }
 
  private:
-  static uint32_t version_of(const at::Tensor& tensor) {
-    return tensor.is_inference()
-               ? 0
-               : tensor.unsafeGetTensorImpl()->version_counter().current_version();
-  }
   const std::vector<at::Tensor>& inputs_;
   const Segment& segment_;
   c10::SmallVector<uint32_t, 8> versions_;

@@ -217,12 +217,6 @@ bool Replay::is_nearly_done(const Segment& segment, uint32_t index,
   return elements <= kFewElements;
 }
 
-namespace {
-uint32_t version_of(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
-}
-}  // namespace
-
 void Replay::meet_rnn_state(const at::Tensor& buffer, RnnState&) {
   if (rnn_ != nullptr) {
     rnn_->rewind(buffer);
@@ -290,7 +284,7 @@ at::Tensor Replay::offer(Segment& segment, const at::Tensor& tensor) {
         if (segment.slots_[index].live > 0 || key_.none()) {
           values_[index] = values;
           if (!versions_.empty() && tensor.requires_grad()) {
-            versions_[index] = version_of(values);
+            versions_[index] = compat::version_of(values);
           }
           if (holder_) {
             is_held_[index] = holder_->hold(tensor);
@@ -446,7 +440,7 @@ void Replay::check(Segment& segment) {
   }
   for (size_t i = 0; i < versions_.size(); ++i) {
     if (versions_[i].has_value() && values_[i].defined() &&
-        *versions_[i] != version_of(values_[i])) {
+        *versions_[i] != compat::version_of(values_[i])) {
       const Slot slot = segment.slots_[i];
       lock.unlock();
       fail(segment, segment.name() + " changes a tensor in place that backward needs, saved at " +

@@ -395,16 +395,17 @@ def _checkpoint(
             "checkpoint was called without a function, which makes a decorator, and with "
             f"keyword arguments that it does not know: {unknown}"
         )
-    return functools.partial(_decorated, options, () if is_dynamo_compiling() else _plain(options))
+    return functools.partial(_decorated, options)
 
 
-def _decorated(options: dict[str, Any], plain: _Plain, function: Callable[..., Any]) -> Any:
+def _decorated(options: dict[str, Any], function: Callable[..., Any]) -> Any:
     """What a decorator makes: of a function another one, which compilers and tracers know."""
     require_callable("function", function)
-    # Dynamo cannot make an object that has __getattr__.
-    if isinstance(function, FunctionType) or is_dynamo_compiling():
-        return _checkpointed_function(options, plain, function)
-    return _Checkpointed(options, plain, function)
+    if is_dynamo_compiling():  # which cannot make an object that has __getattr__
+        return _checkpointed_function(options, (), function)
+    if isinstance(function, FunctionType):
+        return _checkpointed_function(options, _plain(options), function)
+    return _Checkpointed(options, _plain(options), function)
 
 
 def _checkpointed_function(
@@ -486,7 +487,7 @@ class _Checkpointed:
         name = getattr(self, "__qualname__", "")
         for part in name.split("."):
             found = getattr(found, part, None)
-        return name if found is self else (_recheckpointed, (self._options, self._function))
+        return name if found is self else (_decorated, (self._options, self._function))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         bind = getattr(self._function, "__get__", None)
@@ -496,10 +497,6 @@ class _Checkpointed:
         if is_dynamo_compiling():
             return _checkpointed_function(self._options, (), bound)
         return _Checkpointed(self._options, self._plain, bound)
-
-
-def _recheckpointed(options: dict[str, Any], function: Callable[..., Any]) -> _Checkpointed:
-    return _Checkpointed(options, _plain(options), function)
 
 
 class Checkpointer:
